@@ -1,0 +1,235 @@
+"""The ``kernel_fusion`` block: one frozen dataclass and the parser that fills it.
+
+OSLO's keys keep OSLO's meaning. Whatever is unknown, of the wrong type or out of range is a :class:`ConfigError` that
+names the key's full path, what was received, what is allowed and, for a misspelt key, the nearest one. Configuration
+strings are checked here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from oslo_fusion.errors import ConfigError
+
+BLOCK = "kernel_fusion"
+OSLO_KERNELS = ("FusedRMSNorm", "FusedNoRepeatNGram")
+"""Names that OSLO's configurations use. No room of this version provides them; a plan refuses each by name."""
+
+AUTOTUNE = ("off", "cached", "full")
+ON_REFUSAL = ("report", "raise")
+_FILE_ENDINGS = (".yaml", ".yml", ".json")
+_LATER_KEYS = ("preset", "cuda_graphs", "padding_free", "generation")
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """The ``kernel_fusion`` block.
+
+    Attributes:
+        enable: fuse. ``False`` leaves the model untouched, as in OSLO.
+        memory_efficient_fusion: AOT Autograd instead of TorchScript. This version has no AOT room: the plan says so
+            in a row and uses TorchScript.
+        custom_cuda_kernels: kernel names from OSLO's configurations, or ``("all",)``. This version has no kernel room:
+            the plan refuses each by name.
+        autotune: ``off`` takes every fusion that is correct; ``cached`` takes those measured to be faster on this
+            device, each measured once per process; ``full`` measures again.
+        verify: run the model on a sample input before and after, and put the difference into the report.
+        on_refusal: ``report`` puts refusals into the report; ``raise`` raises :class:`RefusalError` instead of applying.
+
+    Raises:
+        ConfigError: a field has the wrong type or a value that is not allowed.
+    """
+
+    enable: bool = False
+    memory_efficient_fusion: bool = False
+    custom_cuda_kernels: tuple[str, ...] = ()
+    autotune: str = "cached"
+    verify: bool = False
+    on_refusal: str = "report"
+
+    def __post_init__(self) -> None:
+        for name in ("enable", "memory_efficient_fusion", "verify"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                remedy = "write true or false, without quotes"
+                if name == "memory_efficient_fusion" and isinstance(value, Mapping):
+                    remedy = "the block form belongs to the AOT room, which this version does not have; " + remedy
+                raise _wrong(name, value, "true or false", remedy)
+        object.__setattr__(self, "custom_cuda_kernels", _kernel_names(self.custom_cuda_kernels))
+        for name, allowed in (("autotune", AUTOTUNE), ("on_refusal", ON_REFUSAL)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in allowed:
+                raise _wrong(name, value, " | ".join(allowed), _nearest(value, allowed))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The block as plain data, ready for YAML or JSON."""
+        return {**dataclasses.asdict(self), "custom_cuda_kernels": list(self.custom_cuda_kernels)}
+
+
+_KEYS = tuple(field.name for field in dataclasses.fields(FusionConfig))
+
+
+@dataclass(frozen=True)
+class ParsedConfig:
+    """A :class:`FusionConfig` and what should be said about the source it came from."""
+
+    fusion: FusionConfig
+    notes: tuple[str, ...] = ()
+
+
+def parse_config(source: object) -> ParsedConfig:
+    """Read a configuration from any of its forms.
+
+    Args:
+        source: a :class:`FusionConfig`; a mapping or OmegaConf ``DictConfig`` with a ``kernel_fusion`` block; or the
+            path of a ``.yaml``, ``.yml`` or ``.json`` file with one. Other top-level blocks are left alone and noted.
+
+    Raises:
+        ConfigError: with the full key path, what was received and the remedy.
+    """
+    if isinstance(source, FusionConfig):
+        return ParsedConfig(source)
+    if isinstance(source, (str, os.PathLike)):
+        return _parse_tree(_read_file(Path(source)), where=f"{os.fspath(source)}: ")
+    if isinstance(source, DictConfig):
+        return _parse_tree(_resolve(source), where="")
+    if isinstance(source, Mapping):
+        return _parse_tree(dict(source), where="")
+    raise ConfigError(
+        f"config: received {_show(source)}. Allowed: a dict, an OmegaConf DictConfig, a FusionConfig, or the path of a "
+        f"{', '.join(_FILE_ENDINGS)} file. Remedy: config={{'{BLOCK}': {{'enable': True}}}}."
+    )
+
+
+def _parse_tree(tree: object, where: str) -> ParsedConfig:
+    if isinstance(tree, FusionConfig):
+        return ParsedConfig(tree)
+    example = f"write {BLOCK}: {{enable: true}}"
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{where}config: received {_show(tree)} instead of a mapping. Remedy: {example}.")
+    if BLOCK not in tree:
+        bare = [key for key in tree if key in _KEYS]
+        if bare:
+            remedy = f"these keys belong inside the block: {BLOCK}: {{{', '.join(map(str, bare))}: …}}"
+        else:
+            remedy = _nearest_key(BLOCK, tree) or example
+        raise ConfigError(f"{where}{BLOCK}: the block is missing; received the keys {_show_keys(tree)}. Remedy: {remedy}.")
+    stray = [str(key) for key in tree if key in _KEYS]
+    if stray:
+        raise ConfigError(
+            f"{where}{stray[0]}: received at the top level. Remedy: move it into the block, as {BLOCK}.{stray[0]}."
+        )
+    block = tree[BLOCK]
+    if isinstance(block, FusionConfig):
+        return ParsedConfig(block, _other_blocks(tree))
+    if block is None or (isinstance(block, Mapping) and not block):
+        raise ConfigError(
+            f"{where}{BLOCK}: received an empty block. Remedy: {example} to fuse, or {BLOCK}: {{enable: false}} to leave "
+            "the model untouched."
+        )
+    if not isinstance(block, Mapping):
+        raise ConfigError(f"{where}{BLOCK}: received {_show(block)} instead of a mapping. Remedy: {example}.")
+    for key in block:
+        if key in _LATER_KEYS:
+            raise ConfigError(
+                f"{where}{BLOCK}.{key}: received {_show(block[key])}, but this version of oslo_fusion has no room for it. "
+                f"Allowed: {', '.join(_KEYS)}. Remedy: remove the key."
+            )
+        if key not in _KEYS:
+            raise ConfigError(
+                f"{where}{BLOCK}.{key}: unknown key, received {_show(block[key])}. Allowed: {', '.join(_KEYS)}. "
+                f"Remedy: {_nearest(key, _KEYS) or 'remove the key'}."
+            )
+    values = dict(block)
+    if "custom_cuda_kernels" in values and values["custom_cuda_kernels"] is None:
+        values["custom_cuda_kernels"] = ()  # OSLO's default
+    try:
+        return ParsedConfig(FusionConfig(**values), _other_blocks(tree))
+    except ConfigError as error:
+        raise ConfigError(f"{where}{error}") from None
+
+
+def _other_blocks(tree: Mapping[Any, Any]) -> tuple[str, ...]:
+    others = [str(key) for key in tree if key != BLOCK]
+    return (f"left alone in the configuration, outside {BLOCK}: {', '.join(others)}",) if others else ()
+
+
+def _kernel_names(value: object) -> tuple[str, ...]:
+    path, allowed = "custom_cuda_kernels", (*OSLO_KERNELS, "all")
+    if value == "all":
+        return ("all",)
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise _wrong(path, value, "a list of kernel names", f"write {path}: [{OSLO_KERNELS[0]}]")
+    for index, name in enumerate(value):
+        if not isinstance(name, str) or name not in allowed:
+            raise _wrong(f"{path}[{index}]", name, ", ".join(allowed), _nearest(name, allowed))
+    return tuple(dict.fromkeys(value))
+
+
+def _read_file(path: Path) -> object:
+    where = f"config: {path}"
+    if path.suffix not in _FILE_ENDINGS and not path.is_dir():
+        raise ConfigError(
+            f"{where}: received a file name that ends in {path.suffix or 'nothing'!r}. Allowed: {', '.join(_FILE_ENDINGS)}. "
+            "Remedy: rename the file, or pass a dict."
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except IsADirectoryError:
+        raise ConfigError(f"{where}: is a directory. Remedy: give the path of the file inside it.") from None
+    except FileNotFoundError:
+        raise ConfigError(f"{where}: no such file (from {Path.cwd()}). Remedy: check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where}: cannot be read: {error}. Remedy: make it a readable UTF-8 text file.") from error
+    try:
+        if path.suffix == ".json":
+            return json.loads(text)
+        created = OmegaConf.create(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: malformed JSON: {error}. Remedy: correct that line.") from error
+    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+        raise ConfigError(f"{where}: malformed YAML: {error}. Remedy: correct that line.") from error
+    return _resolve(created)
+
+
+def _resolve(tree: DictConfig | ListConfig) -> object:
+    try:
+        return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"config: cannot be resolved: {error}. Remedy: give that key a value.") from error
+
+
+def _wrong(key: str, value: object, allowed: str, remedy: str) -> ConfigError:
+    text = f"{BLOCK}.{key}: received {_show(value)}. Allowed: {allowed}."
+    return ConfigError(f"{text} Remedy: {remedy}." if remedy else text)
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 120 else text[:117] + '...'} ({type(value).__name__})"
+
+
+def _show_keys(tree: Mapping[Any, Any]) -> str:
+    return ", ".join(map(str, tree)) or "none"
+
+
+def _nearest(value: object, allowed: Sequence[str]) -> str:
+    lowered = {name.lower(): name for name in allowed}
+    close = difflib.get_close_matches(str(value).lower(), lowered, n=1)
+    return f"did you mean {lowered[close[0]]}?" if close else ""
+
+
+def _nearest_key(wanted: str, tree: Mapping[Any, Any]) -> str:
+    close = difflib.get_close_matches(wanted, [str(key) for key in tree], n=1)
+    return f"rename {close[0]} to {wanted}" if close else ""

@@ -1,0 +1,149 @@
+"""plan, initialize, report and restore: short, because the rooms propose and surgery applies."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+
+from oslo_fusion import probe, surgery
+from oslo_fusion.config import FusionConfig, parse_config
+from oslo_fusion.environment import environment
+from oslo_fusion.errors import ConfigError, PlanError, RefusalError
+from oslo_fusion.passes import PASSES
+from oslo_fusion.plan import FusionPlan, Proposal, Site
+from oslo_fusion.report import FusionReport, Verification
+
+_log = logging.getLogger("oslo_fusion")
+
+
+def plan(model: nn.Module, config: object) -> FusionPlan:
+    """What :func:`initialize` would do to ``model``, and what it would not, with a reason for each site.
+
+    Pure: parts of the model are run on small random inputs as copies that share its parameters; the model, its
+    gradients, its modes and the random state of torch stay as they are. An initialized model is planned as if restored.
+
+    Args:
+        model: any ``nn.Module``, usually a Hugging Face model, in its final dtype and on its final device.
+        config: a dict or OmegaConf ``DictConfig`` with a ``kernel_fusion`` block, a :class:`FusionConfig`, or the path
+            of a ``.yaml``, ``.yml`` or ``.json`` file.
+
+    Raises:
+        ConfigError: the model is not a module or the configuration is unusable.
+        PlanError: two passes claim one module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model: received {type(model).__name__} instead of a torch.nn.Module. Remedy: pass the model itself, as in "
+            "oslo_fusion.initialize(model, config)."
+        )
+    parsed = parse_config(config)
+    proposals: list[Proposal] = []
+    with surgery.as_restored(model):
+        for room in PASSES:
+            proposals += room.propose(model, parsed.fusion, environment())
+    proposals += _absent_rooms(parsed.fusion)
+    _check_claims(proposals)
+    return FusionPlan(type(model).__name__, parsed.fusion, tuple(proposals), parsed.notes)
+
+
+def initialize(model: nn.Module, config: object) -> nn.Module:
+    """Make ``model`` faster in place, as :func:`plan` says, and return the same object.
+
+    ``generate``, ``save_pretrained``, the keys of ``state_dict``, ``train``/``eval``, ``deepcopy`` and pickling go on
+    working. A model that was initialized before is restored first. :func:`report` tells what was done,
+    :func:`restore` undoes it.
+
+    Args:
+        model: as for :func:`plan`.
+        config: as for :func:`plan`.
+
+    Raises:
+        ConfigError: the model is not a module or the configuration is unusable.
+        PlanError: two passes claim one module.
+        RefusalError: ``on_refusal: raise`` and at least one site was refused.
+
+    After any error the model is as it was before the call.
+    """
+    planned = plan(model, config)
+    refused = [p for p in planned.proposals if p.outcome == "refused"]
+    if refused and planned.config.on_refusal == "raise":
+        raise RefusalError(
+            f"kernel_fusion.on_refusal: raise, and {len(refused)} sites were refused. Remedy: on_refusal: report, or "
+            f"mend the reasons.\n{planned}"
+        )
+    before = probe.run_sample(model) if planned.config.verify and planned.config.enable else None
+    swaps = [swap for p in planned.proposals if p.outcome == "fused" for swap in p.swaps]
+    with surgery.transaction(model):
+        surgery.restore(model)
+        surgery.apply(model, swaps)
+        verification = None
+        if before is not None:
+            verification = Verification(*probe.difference(before, probe.run_sample(model)), sample=before.description)
+        surgery.attach(model, FusionReport(planned, verification))
+    for proposal in refused:
+        if proposal.room == "absent":
+            _log.warning("%s: %s", proposal.site.path, proposal.reason)
+    return model
+
+
+def report(model: nn.Module) -> FusionReport:
+    """What :func:`initialize` did to ``model``: a row per site, with outcome and reason.
+
+    Args:
+        model: an initialized model, or a module that contains one (a DDP or PEFT wrapper, say).
+
+    Raises:
+        PlanError: no initialized model was found.
+    """
+    found = surgery.attached(model)
+    if not isinstance(found, FusionReport):
+        raise PlanError(
+            f"report: this {type(model).__name__} has not been initialized. Remedy: call oslo_fusion.initialize(model, "
+            "config) first, or oslo_fusion.plan(model, config) to see what it would do."
+        )
+    return found
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo :func:`initialize` and return the same object. A model that was never initialized comes back as it is.
+
+    Args:
+        model: any module; initialized models inside it are restored too.
+    """
+    surgery.restore(model)
+    return model
+
+
+def _absent_rooms(config: FusionConfig) -> list[Proposal]:
+    """Rows for what OSLO's configurations ask and this version cannot give."""
+    wanted = []
+    if config.memory_efficient_fusion:
+        wanted.append(
+            ("memory_efficient_fusion", "AOT Autograd fusion is not part of this version; TorchScript fusion is used")
+        )
+    for name in config.custom_cuda_kernels:
+        wanted.append((f"custom_cuda_kernels: {name}", "custom kernels are not part of this version"))
+    return [
+        Proposal(
+            site=Site(f"kernel_fusion.{key}", "configuration", "-"),
+            room="absent",
+            before="-",
+            after="-",
+            outcome="refused" if config.enable else "off",
+            reason=reason if config.enable else "enable is false",
+        )
+        for key, reason in wanted
+    ]
+
+
+def _check_claims(proposals: list[Proposal]) -> None:
+    owners: dict[str, Proposal] = {}
+    for proposal in proposals:
+        for path in proposal.claims:
+            other = owners.setdefault(path, proposal)
+            if other is not proposal:
+                raise PlanError(
+                    f"{path}: claimed by {other.room} ({other.site.kind} at {other.site.path}) and by {proposal.room} "
+                    f"({proposal.site.kind} at {proposal.site.path}). Remedy: switch one of the two rooms off, and report it."
+                )

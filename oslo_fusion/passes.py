@@ -1,0 +1,8 @@
+"""The passes, in the order in which they are asked. The order is meaning: what an earlier pass claims, a later one leaves."""
+
+from __future__ import annotations
+
+from oslo_fusion.jit import TorchScriptPass
+from oslo_fusion.plan import Pass
+
+PASSES: tuple[Pass, ...] = (TorchScriptPass(),)

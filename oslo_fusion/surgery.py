@@ -1,0 +1,158 @@
+"""The only module that writes to the user's model, and that can put everything back.
+
+A swap gives a module a class made on demand from (our stateless donor, its own class). ``isinstance`` still holds, hooks,
+parameters, ``state_dict`` keys and the module object itself stay. Such a class is found again when unpickled by its name,
+through this module's ``__getattr__``; its qualified name therefore spells out both parts, without a dot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from oslo_fusion.errors import PlanError
+from oslo_fusion.plan import Settings, Swap
+
+SETTINGS = "_oslo_fusion_settings"
+REPORT = "_oslo_fusion_report"
+_OURS = (SETTINGS, REPORT)
+
+_CLASSES: dict[str, type[nn.Module]] = {}
+
+
+def fused_class(donor: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
+    """The class whose instances behave as ``donor`` and are still instances of ``original``.
+
+    Args:
+        donor: a stateless ``nn.Module`` subclass that overrides ``forward`` and calls ``super().forward`` to fall back.
+        original: the module's own class.
+    """
+    name = f"{_spell(donor)}+{_spell(original)}"
+    if name not in _CLASSES:
+        _CLASSES[name] = type(
+            f"{donor.__name__}[{original.__name__}]",
+            (donor, original),
+            {"__module__": __name__, "__qualname__": name, "__doc__": donor.__doc__},
+        )
+    return _CLASSES[name]
+
+
+def __getattr__(name: str) -> Any:
+    """Find a fused class by its qualified name: this is how ``pickle`` and ``torch.load`` reach it."""
+    if "+" not in name:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    donor, original = name.split("+")
+    return fused_class(_unspell(donor), _unspell(original))
+
+
+def _spell(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}".replace(".", "/")
+
+
+def _unspell(text: str) -> Any:
+    module, qualname = text.replace("/", ".").split(":")
+    found: Any = importlib.import_module(module)
+    for part in qualname.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether this very module was swapped."""
+    return _CLASSES.get(type(module).__qualname__) is type(module)
+
+
+def swap(module: nn.Module, donor: type[nn.Module], settings: Settings) -> None:
+    """Put ``donor`` in front of the module's class and hand it ``settings`` (picklable data, not part of the state)."""
+    if is_fused(module):
+        raise PlanError(f"{type(module).__name__}: is fused already. Remedy: restore the model first.")
+    module.__class__ = fused_class(donor, type(module))
+    module.__dict__[SETTINGS] = dict(settings)
+
+
+def apply(model: nn.Module, swaps: Iterable[Swap]) -> None:
+    """Make the swaps in order.
+
+    Raises:
+        PlanError: a path is not in this model.
+    """
+    for change in swaps:
+        try:
+            module = model.get_submodule(change.path)
+        except AttributeError as error:
+            raise PlanError(
+                f"{change.path}: not in this {type(model).__name__} ({error}). Remedy: plan and apply on the same model."
+            ) from None
+        swap(module, change.donor, change.settings)
+
+
+def restore(model: nn.Module) -> None:
+    """Give every swapped module its own class back and forget the report.
+
+    Raises:
+        PlanError: a module's class was changed again after ``initialize``, by FSDP say; nothing is changed then.
+    """
+    modules = list(model.modules())
+    for module in modules:
+        if SETTINGS in module.__dict__ and not is_fused(module):
+            raise PlanError(
+                f"restore: a module's class was changed to {type(module).__name__} after initialize. Remedy: undo that "
+                "first, or restore before wrapping."
+            )
+    for module in modules:
+        if is_fused(module):
+            module.__class__ = type(module).__bases__[1]
+        for name in _OURS:
+            module.__dict__.pop(name, None)
+
+
+def attach(model: nn.Module, report: object) -> None:
+    """Keep the report on the model, outside its state, so that it survives ``deepcopy`` and pickling."""
+    model.__dict__[REPORT] = report
+
+
+def attached(model: nn.Module) -> object:
+    """The report of the first initialized module at or inside ``model``, or None."""
+    return next((m.__dict__[REPORT] for m in model.modules() if REPORT in m.__dict__), None)
+
+
+@contextlib.contextmanager
+def transaction(model: nn.Module) -> Iterator[None]:
+    """Leave the model exactly as it was if the body raises."""
+    saved = _snapshot(model)
+    try:
+        yield
+    except BaseException:
+        _put_back(saved)
+        raise
+
+
+@contextlib.contextmanager
+def as_restored(model: nn.Module) -> Iterator[None]:
+    """Show the model as if it had never been initialized, for the length of the body."""
+    saved = _snapshot(model)
+    try:
+        restore(model)
+        yield
+    finally:
+        _put_back(saved)
+
+
+_Saved = list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]
+
+
+def _snapshot(model: nn.Module) -> _Saved:
+    return [(m, type(m), {n: m.__dict__[n] for n in _OURS if n in m.__dict__}) for m in model.modules()]
+
+
+def _put_back(saved: _Saved) -> None:
+    for module, cls, attributes in saved:
+        if type(module) is not cls:
+            module.__class__ = cls
+        for name in _OURS:
+            module.__dict__.pop(name, None)
+        module.__dict__.update(attributes)

@@ -1,0 +1,1054 @@
+"""What is timed, and how: models by name, inputs, one step, a check before any timing, and the providers side by side.
+
+``python -m oslo_fusion bench`` and everything in ``benchmarks/`` measure through this module, so that every figure is
+taken in the same way: wall clock with a synchronize per call, all providers in one run on identically seeded models,
+and nothing is timed whose answers are wrong. transformers is imported when a model is built, not before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import functools
+import gc
+import importlib
+import inspect
+import math
+import re
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from oslo_fusion import engine
+from oslo_fusion.config import parse_config
+from oslo_fusion.environment import environment
+from oslo_fusion.errors import ConfigError, PlanError
+from oslo_fusion.testing import assert_close_to_reference
+
+MODES = ("forward", "training")
+SIZES = ("full", "tiny")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+PROVIDERS = ("eager", "compile", "compile reduce-overhead", "oslo_fusion")
+"""``eager``: the model as Hugging Face gives it. ``compile``: ``torch.compile(model)``. ``compile reduce-overhead``:
+the same with ``mode="reduce-overhead"``, which replays CUDA graphs. ``oslo_fusion``: ``oslo_fusion.initialize(model,
+config)``."""
+
+MIN_WARMUP = 5  # TorchScript's profiling executor runs, profiles, then compiles: forward and backward are settled after four
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a named model is made: its classes in transformers, the published sizes, and a 2-layer version for tests."""
+
+    config: str
+    model: str
+    full: Mapping[str, Any]
+    tiny: Mapping[str, Any]
+
+
+_BERT_TINY = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "vocab_size": 512,
+    "max_position_embeddings": 128,
+}
+_T5_TINY = {"d_model": 64, "d_kv": 16, "d_ff": 256, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+_T5_BASE = {"d_model": 768, "d_kv": 64, "num_layers": 12, "num_decoder_layers": 12, "num_heads": 12}
+_START = {"decoder_start_token_id": 0}  # T5 starts decoding with its padding token
+# In transformers 5 this no longer unties the embeddings; it stops the scaling of the decoder's output, as v1.1 wants.
+_GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+_ROBERTA = {"type_vocab_size": 1, "layer_norm_eps": 1e-5}
+_BART_TINY = {
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 256,
+    "decoder_ffn_dim": 256,
+    "vocab_size": 512,
+    "max_position_embeddings": 128,
+}
+_BART_BASE = {
+    "d_model": 768,
+    "encoder_layers": 6,
+    "decoder_layers": 6,
+    "encoder_attention_heads": 12,
+    "decoder_attention_heads": 12,
+    "encoder_ffn_dim": 3072,
+    "decoder_ffn_dim": 3072,
+}
+_LLAMA_3_2_1B = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "intermediate_size": 8192,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "tie_word_embeddings": True,
+}
+_LLAMA_TINY = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 256,
+    "vocab_size": 512,
+    "max_position_embeddings": 128,
+}
+
+MODELS: dict[str, Recipe] = {
+    "gpt2": Recipe(
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {},
+        {
+            "n_embd": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "vocab_size": 512,
+            "n_positions": 128,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+    ),
+    "bert": Recipe("BertConfig", "BertForMaskedLM", {}, _BERT_TINY),
+    "roberta": Recipe(
+        "RobertaConfig",
+        "RobertaForMaskedLM",
+        {**_ROBERTA, "vocab_size": 50265, "max_position_embeddings": 514},
+        {**_BERT_TINY, **_ROBERTA},
+    ),
+    "t5": Recipe(
+        "T5Config",
+        "T5ForConditionalGeneration",
+        {**_T5_BASE, **_START, "d_ff": 3072},
+        {**_T5_TINY, **_START, "vocab_size": 512},
+    ),
+    "t5-v1_1": Recipe(
+        "T5Config",
+        "T5ForConditionalGeneration",
+        {**_T5_BASE, **_START, **_GATED, "d_ff": 2048},
+        {**_T5_TINY, **_START, **_GATED, "vocab_size": 512},
+    ),
+    "bart": Recipe("BartConfig", "BartForConditionalGeneration", _BART_BASE, _BART_TINY),
+    "vit": Recipe(
+        "ViTConfig",
+        "ViTForImageClassification",
+        {"num_labels": 1000},
+        {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 256,
+            "image_size": 32,
+            "patch_size": 8,
+            "num_labels": 10,
+        },
+    ),
+    "opt": Recipe(
+        "OPTConfig",
+        "OPTForCausalLM",
+        {},
+        {
+            "hidden_size": 64,
+            "word_embed_proj_dim": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "ffn_dim": 256,
+            "vocab_size": 512,
+            "max_position_embeddings": 128,
+        },
+    ),
+    "llama": Recipe("LlamaConfig", "LlamaForCausalLM", _LLAMA_3_2_1B, _LLAMA_TINY),
+}
+"""The names that :func:`build_model` knows; ``full`` is the published base model, of Llama the 1.24B one."""
+
+
+def build_model(
+    name_or_path: str, *, dtype: torch.dtype | str, device: torch.device | str, size: str = "full", seed: int = 0
+) -> nn.Module:
+    """Build a Hugging Face model in evaluation mode, without a download.
+
+    Args:
+        name_or_path: a key of :data:`MODELS`, which gives random weights; or a local directory as ``save_pretrained``
+            writes it, whose weights are loaded. A directory called like a model is reached as ``./gpt2``.
+        dtype: of the parameters.
+        device: where it is built.
+        size: ``full`` for the published sizes, ``tiny`` for two narrow layers. A directory has the size it has.
+        seed: of the random weights: same seed, dtype and device, same weights. The caller's random state stays.
+
+    Raises:
+        ConfigError: an argument is unusable, or the directory holds no model with weights.
+    """
+    dtype, device = parse_dtype(dtype), parse_device(device)
+    if size not in SIZES:
+        raise _wrong("size", size, SIZES)
+    if name_or_path in MODELS:
+        return _build(MODELS[name_or_path], dtype, device, size, seed)
+    path = Path(name_or_path)
+    if not path.is_dir():
+        raise _wrong("model", name_or_path, [*MODELS, "a local directory with config.json and weights"])
+    if size != "full":
+        raise ConfigError(
+            f"size: received {size!r} with the directory {path}, whose model has the size it has. Remedy: size='full'."
+        )
+    return _load(path, dtype, device)
+
+
+def _build(recipe: Recipe, dtype: torch.dtype, device: torch.device, size: str, seed: int) -> nn.Module:
+    transformers = importlib.import_module("transformers")
+    config = getattr(transformers, recipe.config)(**(recipe.full if size == "full" else recipe.tiny))
+    with _seeded(seed, device), device:
+        # The Auto classes' from_config ends here too. A later .to(dtype) would also narrow what is meant to stay
+        # float32, Llama's rotary frequencies for one.
+        model: nn.Module = getattr(transformers, recipe.model)._from_config(config, dtype=dtype)
+    return model.to(device).eval()
+
+
+def _load(path: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    transformers = importlib.import_module("transformers")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        architectures = getattr(config, "architectures", None) or []
+        cls = getattr(transformers, architectures[0], None) if architectures else None
+        if cls is None:
+            raise ConfigError(
+                f"model: {path}: config.json has {architectures[0] if architectures else 'nothing'!r} in architectures "
+                f"and transformers {environment().transformers} has no such class. Remedy: use save_pretrained."
+            )
+        model: nn.Module = cls.from_pretrained(path, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"model: {path}: cannot be loaded: {error}. Remedy: give a directory as save_pretrained writes it, with "
+            "config.json and weights."
+        ) from error
+    return model.to(device).eval()
+
+
+def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """``fp16``, ``float16`` or ``torch.float16`` → ``torch.float16``, and so on.
+
+    Raises:
+        ConfigError: any other value.
+    """
+    if isinstance(dtype, torch.dtype):
+        if dtype in DTYPES.values():
+            return dtype
+    elif DTYPE_ALIASES.get(dtype, dtype) in DTYPES:
+        return DTYPES[DTYPE_ALIASES.get(dtype, dtype)]
+    raise _wrong("dtype", dtype, [*DTYPES, *DTYPE_ALIASES])
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float16`` → ``float16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def parse_device(device: torch.device | str) -> torch.device:
+    """``cpu``, ``cuda`` or ``cuda:1`` as a device that exists on this machine.
+
+    Raises:
+        ConfigError: the text names no device, or one that is not here.
+    """
+    try:
+        parsed = torch.device(device)
+    except RuntimeError:
+        raise _wrong("device", device, ("cpu", "cuda", "cuda:0")) from None
+    if parsed.type not in ("cpu", "cuda"):
+        raise _wrong("device", device, ("cpu", "cuda", "cuda:0"))
+    if parsed.type == "cuda":
+        count = len(environment().devices)
+        if (parsed.index or 0) >= count:
+            seen = "none" if count == 0 else f"cuda:0 to cuda:{count - 1}"
+            raise ConfigError(
+                f"device: received {str(parsed)!r}; CUDA devices that torch sees here: {seen}. Remedy: device='cpu'; "
+                "python -m oslo_fusion info says more."
+            )
+    return parsed
+
+
+def default_device() -> torch.device:
+    """The first CUDA device, or the CPU where there is none."""
+    return torch.device("cuda" if environment().devices else "cpu")
+
+
+# --- the workload ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One thing to time: a model, a batch, and what is done with it.
+
+    Attributes:
+        model: a name or local path, as for :func:`build_model`.
+        batch: samples per call.
+        seq: tokens per sample; of an encoder-decoder on both sides. An image model fixes its own and ignores it.
+        mode: ``forward`` (evaluation mode, no gradients) or ``training`` (forward with labels, backward, fused AdamW).
+        dtype: of parameters and images; text or ``torch.dtype``.
+        device: text or ``torch.device``.
+        size: ``full`` or ``tiny``.
+        seed: of weights and inputs.
+
+    Raises:
+        ConfigError: a field is unusable. Whether ``seq`` fits the model is found when inputs are made.
+    """
+
+    model: str
+    batch: int
+    seq: int
+    mode: str = "forward"
+    dtype: torch.dtype | str = "float32"
+    device: torch.device | str = "cpu"
+    size: str = "full"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "seq"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(
+                    f"{name}: received {value!r} ({type(value).__name__}). Allowed: a whole number from 1. Remedy: {name}=8."
+                )
+        if self.mode not in MODES:
+            raise _wrong("mode", self.mode, MODES)
+        if self.size not in SIZES:
+            raise _wrong("size", self.size, SIZES)
+        object.__setattr__(self, "dtype", parse_dtype(self.dtype))
+        object.__setattr__(self, "device", parse_device(self.device))
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device, parsed."""
+        return parse_device(self.device)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype, parsed."""
+        return parse_dtype(self.dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary, ready for JSON."""
+        return {
+            **dataclasses.asdict(self),
+            "dtype": dtype_name(self.torch_dtype),
+            "device": str(self.torch_device),
+        }
+
+    def build(self) -> nn.Module:
+        """A fresh model, the same each time, in training mode where that is timed."""
+        model = build_model(self.model, dtype=self.torch_dtype, device=self.torch_device, size=self.size, seed=self.seed)
+        return model.train(self.mode == "training")
+
+    def second(self) -> Workload:
+        """The same workload at another batch and length: half of each, or two where that is nothing."""
+        return dataclasses.replace(self, batch=self.batch // 2 or 2, seq=self.seq // 2 or 2)
+
+    def inputs(self, model: nn.Module) -> dict[str, Tensor]:
+        """Random inputs for ``model``, the same each time: token ids ``[batch, seq]`` or pixels ``[batch, channels,
+        height, width]``, in training with labels.
+
+        Raises:
+            ConfigError: ``seq`` is longer than the model's positions, or the model has no loss to train on.
+        """
+        config: Any = model.config
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        made: dict[str, Tensor] = {}
+        if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+            side = config.image_size if isinstance(config.image_size, Sequence) else (config.image_size,) * 2
+            pixels = torch.randn(self.batch, config.num_channels, *side, generator=generator)
+            made["pixel_values"] = pixels.to(self.torch_dtype)
+            labels = torch.randint(config.num_labels, (self.batch,), generator=generator)
+        else:
+            self._check_length(config)
+
+            def tokens() -> Tensor:
+                # The lowest ids are padding and other special tokens, to which some models react.
+                return torch.randint(min(5, config.vocab_size - 1), config.vocab_size, shape, generator=generator)
+
+            shape = (self.batch, self.seq)
+            made["input_ids"] = tokens()
+            labels = tokens()
+            if config.is_encoder_decoder and self.mode == "forward":
+                made["decoder_input_ids"] = tokens()
+        if self.mode == "training":
+            if "labels" not in inspect.signature(model.forward).parameters:
+                raise ConfigError(
+                    f"mode: received 'training', and {type(model).__name__} has no loss. Remedy: mode='forward', or a "
+                    "model with a task head."
+                )
+            made["labels"] = labels
+        return {name: tensor.to(self.torch_device) for name, tensor in made.items()}
+
+    def _check_length(self, config: Any) -> None:
+        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        if isinstance(limit, int) and "roberta" in config.model_type:
+            limit -= config.pad_token_id + 1  # RoBERTa counts positions from after its padding token
+        if isinstance(limit, int) and self.seq > limit:
+            raise ConfigError(
+                f"seq: received {self.seq}, and {self.model} ({self.size}) has {limit} positions. Remedy: seq of at "
+                f"most {limit}."
+            )
+
+
+Step = Callable[[Mapping[str, Tensor]], Any]
+
+
+def make_step(model: Callable[..., Any], parameters: Sequence[nn.Parameter], mode: str) -> Step:
+    """The function that is timed: it takes inputs and runs one forward, or one training step.
+
+    Training uses fused AdamW with a learning rate of zero: the same kernels run, and the weights stay where the check
+    saw them. (In pure float16 without loss scaling real steps end in NaN, and multiplying NaN draws less power and
+    runs faster.)
+
+    Args:
+        model: the model or its compiled wrapper.
+        parameters: what the optimizer owns.
+        mode: ``forward`` or ``training``.
+    """
+    if mode == "forward":
+
+        def forward(inputs: Mapping[str, Tensor]) -> Any:
+            with torch.no_grad():
+                return model(**inputs)
+
+        return forward
+
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
+
+    def train(inputs: Mapping[str, Tensor]) -> Any:
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return train
+
+
+# --- the clock ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Wall-clock seconds per call, synchronized, nothing trimmed.
+
+    Attributes:
+        median_s, p90_s, mean_s: over ``repeats`` calls after the warm-up.
+        first_call_s: the very first call.
+        warmup_s: all calls before the timed ones together, the first included.
+        second_shape_s: the first call with another batch and length, right after the timed ones; None if not asked.
+        peak_bytes: most memory allocated on the device during the timed calls, weights included; None on the CPU.
+        repeats: how many calls were timed.
+    """
+
+    median_s: float
+    p90_s: float
+    mean_s: float
+    first_call_s: float
+    warmup_s: float
+    second_shape_s: float | None
+    peak_bytes: int | None
+    repeats: int
+
+
+def measure(
+    step: Callable[[], object],
+    device: torch.device,
+    repeats: int = 50,
+    warmup: int = 10,
+    second_shape: Callable[[], object] | None = None,
+) -> Measurement:
+    """Time ``step``.
+
+    Args:
+        step: does the work once; whatever it returns is dropped.
+        device: synchronized after each call.
+        repeats: timed calls, at least 1.
+        warmup: calls before them, at least :data:`MIN_WARMUP`.
+        second_shape: the same work at another shape, called once at the end.
+
+    Raises:
+        ConfigError: too few calls.
+    """
+    _check_calls(repeats, warmup)
+
+    def timed(function: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        result = function()
+        synchronize(device)
+        stop = time.perf_counter()
+        del result
+        return stop - start
+
+    synchronize(device)
+    warming = [timed(step) for _ in range(warmup)]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    times = sorted(timed(step) for _ in range(repeats))
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    middle = len(times) // 2
+    return Measurement(
+        median_s=times[middle] if len(times) % 2 else (times[middle - 1] + times[middle]) / 2,
+        p90_s=times[math.ceil(0.9 * len(times)) - 1],
+        mean_s=sum(times) / len(times),
+        first_call_s=warming[0],
+        warmup_s=sum(warming),
+        second_shape_s=timed(second_shape) if second_shape else None,
+        peak_bytes=peak,
+        repeats=repeats,
+    )
+
+
+def _check_calls(repeats: int, warmup: int) -> None:
+    for name, value, least in (("repeats", repeats, 1), ("warmup", warmup, MIN_WARMUP)):
+        if value < least:
+            raise ConfigError(f"{name}: received {value}. Allowed: a whole number from {least}. Remedy: {name}={least}.")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done everything it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def profile(step: Callable[[], object], device: torch.device, calls: int = 3, top: int = 12) -> dict[str, Any]:
+    """Where the time of a warmed-up step goes on a CUDA device, per call.
+
+    Args:
+        step: as for :func:`measure`.
+        device: a CUDA device.
+        calls: how many calls are traced and averaged.
+        top: how many kernels are listed.
+
+    Returns:
+        ``wall_ms`` (synchronized, median), ``host_ms`` (until the call returns, with the device idle at its start:
+        close to ``wall_ms`` means that the host is the limit), ``device_ms`` (sum of all kernels, copies and fills),
+        ``launches`` (their number), and ``kernels``: ``name``, ``ms``, ``calls``, ``share`` of ``device_ms``, largest
+        first.
+    """
+    wall, host = [], []
+    for _ in range(5):
+        synchronize(device)
+        start = time.perf_counter()
+        result = step()
+        host.append(time.perf_counter() - start)
+        synchronize(device)
+        wall.append(time.perf_counter() - start)
+        del result
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as trace:
+        for _ in range(calls):
+            step()
+        synchronize(device)
+    kernels = [
+        event
+        for event in trace.key_averages()
+        if event.device_type == torch._C._autograd.DeviceType.CUDA
+        and not getattr(event, "is_user_annotation", False)
+        and not event.key.startswith(("Optimizer.", "ProfilerStep"))  # spans around kernels, which would count twice
+    ]
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in kernels)
+    return {
+        "wall_ms": sorted(wall)[2] * 1e3,
+        "host_ms": sorted(host)[2] * 1e3,
+        "device_ms": total / calls / 1e3,
+        "launches": sum(event.count for event in kernels) / calls,
+        "kernels": [
+            {
+                "name": event.key[:160],
+                "ms": event.self_device_time_total / calls / 1e3,
+                "calls": event.count / calls,
+                "share": event.self_device_time_total / total,
+            }
+            for event in kernels[:top]
+        ],
+    }
+
+
+# --- the roof -------------------------------------------------------------------------------------------------------
+
+
+def count_flops(workload: Workload) -> int:
+    """Floating-point operations of one call: matrix products, convolutions, attention; in training with the backward.
+
+    Counted on one sample and multiplied, with attention as plain matrix products, so that the figure is the model's
+    and not that of the kernel chosen on this device. A causal mask does not reduce it.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # it imports triton, which importing us must not do
+
+    single = dataclasses.replace(workload, batch=1)
+    model = single.build()
+    inputs = single.inputs(model)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        if workload.mode == "training":
+            model(**inputs).loss.backward()
+        else:
+            with torch.no_grad():
+                model(**inputs)
+    return int(counter.get_total_flops()) * workload.batch
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Measured FLOP/s of one square matrix product on random data: 8192³ on a GPU, 1024³ on the CPU.
+
+    The better of A·B and A·Bᵀ: on some CPUs float16 has a fast path for one of them only, 30 times apart.
+    """
+    size, calls = (8192, 10) if device.type == "cuda" else (1024, 3)
+    with _seeded(0, device):
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    layouts = (right, right.t())
+    pilots = [_seconds_per_call(functools.partial(torch.mm, left, b), device, 1, rounds=1) for b in layouts]
+    best = layouts[pilots.index(min(pilots))]
+    return 2 * size**3 / _seconds_per_call(lambda: torch.mm(left, best), device, calls)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Measured bytes per second, read and written, of a large copy: 1 GiB on a GPU, 128 MiB on the CPU."""
+    size, calls = (1 << 30, 10) if device.type == "cuda" else (1 << 27, 3)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / _seconds_per_call(lambda: target.copy_(source), device, calls)
+
+
+def _seconds_per_call(function: Callable[[], object], device: torch.device, calls: int, rounds: int = 3) -> float:
+    """The best of some rounds of back-to-back calls: a roof is what the machine can do, not what it did on average."""
+    function()
+    best = math.inf
+    for _ in range(rounds):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        synchronize(device)
+        best = min(best, (time.perf_counter() - start) / calls)
+    return best
+
+
+# --- same answers ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model said: its main output, and in training its loss and the gradient of every parameter by name."""
+
+    output: Tensor
+    loss: Tensor | None = None
+    gradients: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+def answers(model: nn.Module, inputs: Mapping[str, Tensor], mode: str) -> Answers:
+    """Run ``model`` once and keep what it said. Gradients are removed from the model again."""
+    if mode == "forward":
+        with torch.no_grad():
+            return Answers(_main_output(model(**inputs)))
+    result = model(**inputs)
+    result.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return Answers(_main_output(result).detach(), result.loss.detach(), gradients)
+
+
+def check(before: Answers, after: Answers, reference: Answers) -> dict[str, Any]:
+    """The gate before any timing: our error may be at most twice that of the same-dtype PyTorch code, plus one ulp.
+
+    The output and the loss are compared by their largest error (the loss in the output's dtype); each parameter's
+    gradient by ‖g − ref‖ / ‖ref‖.
+
+    Args:
+        before: of the untouched model.
+        after: of the initialized model.
+        reference: of the untouched model in float32 (for half precision) or float64.
+
+    Returns:
+        The errors that were found, for the record.
+
+    Raises:
+        AssertionError: the law is broken; the message has what, and both errors.
+    """
+    assert_close_to_reference(after.output, before.output, reference.output, what="output")
+    found: dict[str, Any] = {"output": _errors(before.output, after.output, reference.output)}
+    if before.loss is not None and after.loss is not None and reference.loss is not None:
+        dtype = before.output.dtype
+        assert_close_to_reference(after.loss.to(dtype), before.loss.to(dtype), reference.loss, what="loss")
+        found["loss"] = _errors(before.loss, after.loss, reference.loss)
+    if not before.gradients.keys() == after.gradients.keys() == reference.gradients.keys():
+        raise AssertionError(
+            "gradients: not the same parameters have one before and after: "
+            f"{sorted(before.gradients.keys() ^ after.gradients.keys())[:5]}"
+        )
+    whole = math.hypot(*(float(truth.double().norm()) for truth in reference.gradients.values()))
+    worst: dict[str, Any] = {}
+    for name, truth in reference.gradients.items():
+        error = _compare_gradients(name, before.gradients[name], after.gradients[name], truth, whole)
+        if error is not None and error["after"] > worst.get("after", -1.0):
+            worst = {"parameter": name, **error}
+    if worst:
+        found["worst_gradient"] = worst
+    return found
+
+
+def _compare_gradients(name: str, before: Tensor, after: Tensor, reference: Tensor, whole: float) -> dict[str, float] | None:
+    """Relative errors; None for a gradient that is zero but for rounding, as that of a key projection's bias is."""
+    truth = reference.double()
+    size = float(truth.norm())
+    theirs, ours = float((before.double() - truth).norm()), float((after.double() - truth).norm())
+    vanishes = theirs >= size  # PyTorch gets no digit right: it is noise, and noise is measured on the whole gradient
+    allowed = 2 * theirs + torch.finfo(before.dtype).eps * (whole if vanishes else size)
+    if not ours <= allowed:  # also where ours is NaN
+        raise AssertionError(
+            f"gradient of {name}: error {ours:.3g} in a norm of {size:.3g}, allowed {allowed:.3g} (same-dtype PyTorch: "
+            f"{theirs:.3g})"
+        )
+    return None if vanishes else {"before": theirs / size, "after": ours / size}
+
+
+def _errors(before: Tensor, after: Tensor, reference: Tensor) -> dict[str, float]:
+    def largest(tensor: Tensor) -> float:
+        return float((tensor.to(reference.dtype) - reference).abs().max()) if tensor.numel() else 0.0
+
+    return {"before": largest(before), "after": largest(after), "largest_value": float(reference.abs().max())}
+
+
+def _main_output(result: Any) -> Tensor:
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(value := getattr(result, name, None), Tensor):
+            return value
+    values = result if isinstance(result, tuple) else (result,)
+    found = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
+    if found is None:
+        raise ConfigError(f"model: it returned {type(result).__name__} without a floating-point tensor. Remedy: another model.")
+    return found
+
+
+def switch_off_dropout(model: nn.Module) -> nn.Module:
+    """Set every dropout probability in a model to zero, and return the model.
+
+    A training step can be compared only without dropout, since a fused kernel draws other random numbers. Modules stay
+    in training mode; dropout modules, and numbers on modules that are named like one (``attention_dropout``,
+    ``dropout_prob``, ``layerdrop``), become zero. The configuration, which transformers reads when it builds, stays.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in list(module.__dict__.items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    return model
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A green check: the errors, which sites were fused, the seconds of ``initialize`` and of our first call."""
+
+    errors: Mapping[str, Any]
+    fused: tuple[str, ...]
+    initialize_s: float
+    first_call_s: float
+
+
+def run_check(workload: Workload, config: object) -> Gate:
+    """Run the workload's model before and after :func:`oslo_fusion.initialize`, with dropout off, and compare.
+
+    Raises:
+        AssertionError: the answers differ by more than the law allows.
+        OsloFusionError: from ``initialize``.
+    """
+    wide = torch.float64 if workload.torch_dtype == torch.float32 else torch.float32
+    device = workload.torch_device
+    model = switch_off_dropout(workload.build())
+    inputs = workload.inputs(model)
+    before = answers(model, inputs, workload.mode)
+    model.to(wide)
+    wide_inputs = {name: t.to(wide) if t.is_floating_point() else t for name, t in inputs.items()}
+    reference = answers(model, wide_inputs, workload.mode)
+    del model
+    free_memory(device)
+    model, initialize_s = _initialized(workload, config)
+    switch_off_dropout(model)
+    start = time.perf_counter()
+    after = answers(model, inputs, workload.mode)
+    synchronize(device)
+    return Gate(check(before, after, reference), _fused_sites(model), initialize_s, time.perf_counter() - start)
+
+
+# --- providers ------------------------------------------------------------------------------------------------------
+
+
+def compare(
+    workload: Workload,
+    config: object,
+    providers: Sequence[str] = PROVIDERS,
+    *,
+    repeats: int = 50,
+    warmup: int = 10,
+    with_profile: bool = False,
+    on_stage: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Time the same workload with each provider in one run.
+
+    First the answers of ``oslo_fusion`` are checked (where it is among the providers), then the roof is measured,
+    then each provider gets a fresh, identically seeded model. A provider that fails gives a row with its error, and
+    the run goes on.
+
+    Args:
+        workload: what to time.
+        config: for ``oslo_fusion``, in any form that :func:`oslo_fusion.initialize` takes.
+        providers: names out of :data:`PROVIDERS`, in order. Speedups are given relative to ``eager``.
+        repeats, warmup: as for :func:`measure`.
+        with_profile: also say where the time of ``eager`` and ``oslo_fusion`` goes (on CUDA only).
+        on_stage: called with a few words as each of the ``2 + len(providers)`` stages begins.
+
+    Returns:
+        Plain data, ready for JSON: ``workload``, ``config``, ``check``, ``fusion`` (counts by outcome and kind,
+        reasons of refusals), ``roof`` (``flops`` per call, ``matmul_flops_per_s``, ``copy_bytes_per_s``) and
+        ``rows``: per provider the fields of :class:`Measurement`, ``prepare_s`` (initialize or wrap), ``speedup``,
+        ``percent_of_roof``, ``profile`` and ``error``. For ``oslo_fusion``, ``prepare_s`` and ``first_call_s`` are
+        the slower of the check's and the timed model's, because what the first has compiled the second finds ready.
+
+    Raises:
+        AssertionError: the check is red; nothing was timed.
+        ConfigError: an argument is unusable; nothing was timed.
+    """
+    for name in providers:
+        if name not in PROVIDERS:
+            raise _wrong("providers", name, PROVIDERS)
+    _check_calls(repeats, warmup)
+    fusion = parse_config(config).fusion
+    device = workload.torch_device
+    on_stage(f"checking answers ({workload.model}, {dtype_name(workload.torch_dtype)}, {workload.mode})")
+    with _exact_float32():
+        gate = run_check(workload, fusion) if "oslo_fusion" in providers else None
+        free_memory(device)
+        on_stage("measuring the roof")
+        flops = count_flops(workload)
+        free_memory(device)
+        rate, bandwidth = matmul_rate(workload.torch_dtype, device), copy_bandwidth(device)
+        free_memory(device)
+        rows, outcome = [], None
+        for name in providers:
+            on_stage(f"timing {name}")
+            row: dict[str, Any] = {"provider": name, "error": None}
+            try:
+                report = _time_provider(row, name, workload, fusion, repeats, warmup, with_profile)
+                if gate is not None and report is not None:
+                    outcome = _outcome(report)
+                    sites = tuple(r.site.path for r in report.rows if r.outcome == "fused")
+                    if sites != gate.fused:
+                        raise PlanError(
+                            f"{len(sites)} sites were fused where the check saw {len(gate.fused)}: what was timed is "
+                            "not what was checked. Remedy: autotune: off, or a quieter machine."
+                        )
+                    row["prepare_s"] = max(row["prepare_s"], gate.initialize_s)
+                    row["first_call_s"] = max(row["first_call_s"], gate.first_call_s)
+            except Exception as error:  # a row of its own: the other providers are still worth their figures
+                row["error"] = f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:600]
+            if "median_s" in row and row["error"] is None:
+                row["percent_of_roof"] = 100 * flops / (row["median_s"] * rate)
+            rows.append(row)
+            _reset_compiler(name)
+            free_memory(device)
+    _add_speedups(rows)
+    return {
+        "workload": workload.to_dict(),
+        "config": fusion.to_dict(),
+        "check": None if gate is None else dict(gate.errors),
+        "fusion": outcome,
+        "roof": {"flops": flops, "matmul_flops_per_s": rate, "copy_bytes_per_s": bandwidth},
+        "rows": rows,
+    }
+
+
+def _time_provider(
+    row: dict[str, Any],
+    name: str,
+    workload: Workload,
+    config: object,
+    repeats: int,
+    warmup: int,
+    with_profile: bool,
+) -> Any:
+    """Fill ``row``; return the report of an initialized model."""
+    device = workload.torch_device
+    if name == "compile reduce-overhead" and device.type != "cuda":
+        raise ConfigError("reduce-overhead replays CUDA graphs, and this workload runs on the CPU")
+    report = None
+    if name == "oslo_fusion":
+        model, prepare_s = _initialized(workload, config)
+        report = engine.report(model)
+        called: Callable[..., Any] = model
+    else:
+        model = workload.build()
+        start = time.perf_counter()
+        called = _compiled(model, name)
+        prepare_s = time.perf_counter() - start
+    step = make_step(called, list(model.parameters()), workload.mode)
+    inputs, second_inputs = workload.inputs(model), workload.second().inputs(model)
+
+    def run(given: Mapping[str, Tensor]) -> Any:
+        if name == "compile reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        return step(given)
+
+    measured = measure(lambda: run(inputs), device, repeats, warmup, lambda: run(second_inputs))
+    row.update(dataclasses.asdict(measured), prepare_s=prepare_s)
+    if with_profile and device.type == "cuda" and name in ("eager", "oslo_fusion"):
+        for _ in range(MIN_WARMUP):  # the second shape came in between
+            run(inputs)
+        row["profile"] = profile(lambda: run(inputs), device)
+    return report
+
+
+def _initialized(workload: Workload, config: object) -> tuple[nn.Module, float]:
+    model = workload.build()
+    synchronize(workload.torch_device)
+    start = time.perf_counter()
+    engine.initialize(model, config)
+    synchronize(workload.torch_device)
+    return model, time.perf_counter() - start
+
+
+def _compiled(model: nn.Module, name: str) -> Callable[..., Any]:
+    if name == "eager":
+        return model
+    torch._dynamo.reset()
+    torch.compiler.config.force_disable_caches = True  # else a compilation left on disk would be timed as the first call
+    return torch.compile(model, mode="reduce-overhead" if name == "compile reduce-overhead" else None)
+
+
+def _reset_compiler(name: str) -> None:
+    if name.startswith("compile"):
+        torch._dynamo.reset()
+        torch.compiler.config.force_disable_caches = False
+
+
+def _fused_sites(model: nn.Module) -> tuple[str, ...]:
+    return tuple(row.site.path for row in engine.report(model).rows if row.outcome == "fused")
+
+
+def _outcome(report: Any) -> dict[str, Any]:
+    refusals = Counter((row.site.kind, row.reason) for row in report.rows if row.outcome == "refused")
+    return {
+        **{outcome: report.count(outcome) for outcome in ("fused", "refused", "off")},
+        "kinds": dict(Counter(row.site.kind for row in report.rows if row.outcome == "fused")),
+        "refusals": [{"kind": kind, "reason": reason, "sites": n} for (kind, reason), n in refusals.items()],
+    }
+
+
+def _add_speedups(rows: list[dict[str, Any]]) -> None:
+    base = next((r["median_s"] for r in rows if r["provider"] == "eager" and r["error"] is None), None)
+    for row in rows:
+        if base is not None and row["error"] is None:
+            row["speedup"] = base / row["median_s"]
+
+
+# --- where and when -------------------------------------------------------------------------------------------------
+
+
+def facts(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """What a result is worth nothing without: device, driver, versions, commit and time.
+
+    Args:
+        device: where the workload ran.
+        commit: the commit of the code, where it runs from a copy without its history; else git is asked.
+    """
+    here = environment()
+    found: dict[str, Any] = {"type": device.type, "name": here.cpu, "threads": here.cpu_threads, "driver": None}
+    if device.type == "cuda":
+        card = here.devices[device.index or 0]
+        found = {
+            "type": "cuda",
+            "name": card.name,
+            "capability": list(card.capability),
+            "memory_gib": round(card.memory_gib, 1),
+            "driver": _ask(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"]),
+        }
+    found["slug"] = ("cpu-" if device.type == "cpu" else "") + slug(str(found["name"]))
+    return {
+        "device": found,
+        "versions": {name: getattr(here, name) for name in ("python", "torch", "transformers", "triton", "cuda", "hip")},
+        "commit": _commit(commit),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def slug(text: str) -> str:
+    """``NVIDIA H200`` → ``nvidia-h200``."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _commit(given: str | None) -> dict[str, Any]:
+    if given is not None:
+        return {"id": given, "dirty": None}
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # an installed package may lie inside somebody else's repository
+        return {"id": None, "dirty": None}
+    changes = _ask(["git", "-C", str(root), "status", "--porcelain"])
+    return {
+        "id": _ask(["git", "-C", str(root), "rev-parse", "--verify", "-q", "HEAD"]) or None,
+        "dirty": None if changes is None else bool(changes),
+    }
+
+
+def _ask(command: list[str]) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def free_memory(device: torch.device) -> None:
+    """Return what the last model left, so that the next one's peak is its own."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    devices = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _exact_float32() -> Iterator[None]:
+    """float32 means float32, in every provider and in the roof: no TF32 in matrix products."""
+    saved = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(saved)
+
+
+def _wrong(name: str, value: object, allowed: Sequence[str]) -> ConfigError:
+    close = difflib.get_close_matches(str(value), allowed, n=1)
+    remedy = f"did you mean {close[0]}?" if close else f"{name}={allowed[0]!r}."
+    return ConfigError(f"{name}: received {value!r} ({type(value).__name__}). Allowed: {', '.join(allowed)}. Remedy: {remedy}")
