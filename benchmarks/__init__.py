@@ -1,0 +1,1 @@
+"""One module per workload, run as ``python -m benchmarks.<workload>`` from the repository's root."""
