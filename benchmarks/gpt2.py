@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from oslo_fusion import workload
+from oslo_fusion import models, workload
 from oslo_fusion.errors import OsloFusionError
 
 CONFIG = {"kernel_fusion": {"enable": True}}
@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    device = workload.parse_device(parsed.device or workload.default_device())
-    modes, dtypes = _words(parsed.modes), [workload.parse_dtype(word) for word in _words(parsed.dtypes)]
+    device = models.parse_device(parsed.device or models.default_device())
+    modes, dtypes = _words(parsed.modes), [models.parse_dtype(word) for word in _words(parsed.dtypes)]
     plan = [
         (
             workload.Workload("gpt2", parsed.batch, parsed.seq, mode, dtype, device, parsed.size),
@@ -101,7 +101,7 @@ def _run(parsed: argparse.Namespace) -> int:
         task = progress.add_task("starting", total=sum(2 + len(providers) for _, providers in plan))
         for load, providers in plan:
             section_start = time.perf_counter()
-            label = f"{workload.dtype_name(load.torch_dtype)} {load.mode}"
+            label = f"{models.dtype_name(load.torch_dtype)} {load.mode}"
 
             def on_stage(text: str, label: str = label) -> None:
                 progress.update(task, description=f"{label}: {text}", advance=1)

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 import oslo_fusion
-from oslo_fusion import engine, extension, workload
+from oslo_fusion import engine, extension, models, workload
 from oslo_fusion.config import parse_config
 from oslo_fusion.environment import (
     SUPPORTED_PYTHON,
@@ -133,7 +133,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         required=True,
         metavar="NAME_OR_DIR",
-        help=f"one of {', '.join(workload.MODELS)}; or a local directory with config.json and weights",
+        help=f"one of {', '.join(models.MODELS)}; or a local directory with config.json and weights",
     )
     parser.add_argument(
         "--config",
@@ -146,7 +146,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size",
         default="full",
-        metavar="|".join(workload.SIZES),
+        metavar="|".join(models.SIZES),
         help="full: the published shape; tiny: two narrow layers, for a quick look (default: full)",
     )
 
@@ -244,11 +244,11 @@ def _picture_ability() -> Ability:
 
 def _plan(arguments: argparse.Namespace) -> int:
     config = parse_config(arguments.config or DEFAULT_CONFIG)
-    dtype = workload.parse_dtype(arguments.dtype)
-    device = workload.parse_device(arguments.device or workload.default_device())
+    dtype = models.parse_dtype(arguments.dtype)
+    device = models.parse_device(arguments.device or models.default_device())
     with _progress() as progress:
         task = progress.add_task(f"building {arguments.model}", total=2)
-        model = workload.build_model(arguments.model, dtype=dtype, device=device, size=arguments.size)
+        model = models.build_model(arguments.model, dtype=dtype, device=device, size=arguments.size)
         progress.update(task, advance=1, description="planning")
         planned = engine.plan(model, config.fusion)
         progress.update(task, advance=1)
@@ -271,7 +271,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         seq=arguments.seq,
         mode=arguments.mode,
         dtype=arguments.dtype,
-        device=arguments.device or workload.default_device(),
+        device=arguments.device or models.default_device(),
         size=arguments.size,
     )
     out: Path = arguments.out
@@ -294,7 +294,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         print(f"error: the answers before and after differ, so nothing was timed: {error}", file=sys.stderr)
         return 1
     result = {**workload.facts(load.torch_device), **result}
-    name = workload.slug(f"{Path(load.model).name}-{load.mode}-{workload.dtype_name(load.torch_dtype)}")
+    name = workload.slug(f"{Path(load.model).name}-{load.mode}-{models.dtype_name(load.torch_dtype)}")
     stem = out / f"{name}-{load.batch}x{load.seq}"
     json_path, png_path = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".png")
     json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

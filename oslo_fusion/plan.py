@@ -232,7 +232,7 @@ def render(title: str, rows: Sequence[Proposal], notes: Sequence[str] = (), widt
             Text(row.reason),
         )
     buffer = io.StringIO()
-    console = Console(file=buffer, width=width or _TABLE_WIDTH, color_system=None, highlight=False)
+    console = Console(file=buffer, width=width or _TABLE_WIDTH, color_system=None, highlight=False, force_jupyter=False)
     console.print(table)
     counts = ", ".join(
         f"{sum(row.outcome == outcome for row in rows)} {outcome}"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from oslo_fusion import probe, workload
+from oslo_fusion import models, probe
 from oslo_fusion.environment import Ability, Environment
 
 CPU = torch.device("cpu")
@@ -25,6 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
 
 
+torch.set_num_threads(1)  # the tests' own processes share the cores; contended threads wait for each other
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -36,7 +39,7 @@ def build() -> Callable[..., nn.Module]:
     """``build("gpt2")``: a tiny model with random weights, in eval mode, on the CPU unless told otherwise."""
 
     def make(name: str, dtype: torch.dtype = torch.float32, device: torch.device = CPU, size: str = "tiny") -> nn.Module:
-        return workload.build_model(name, dtype=dtype, device=device, size=size).eval()
+        return models.build_model(name, dtype=dtype, device=device, size=size).eval()
 
     return make
 

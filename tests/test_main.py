@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from oslo_fusion import engine, workload
+from oslo_fusion import engine, models, workload
 from oslo_fusion.__main__ import main
 
 TINY = ["--model", "gpt2", "--size", "tiny", "--device", "cpu"]
@@ -61,7 +61,7 @@ def test_plan_prints_every_site(capsys):
 def test_plan_as_json_is_that_of_the_library(capsys):
     assert main(["plan", *TINY, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    model = workload.build_model("gpt2", dtype="fp32", device="cpu", size="tiny")
+    model = models.build_model("gpt2", dtype="fp32", device="cpu", size="tiny")
     expected = engine.plan(model, {"kernel_fusion": {"enable": True}}).to_dict()
     assert found["model"] == "GPT2LMHeadModel"
     sites = [(row["site"], row["kind"], row["outcome"]) for row in found["rows"]]

@@ -38,6 +38,16 @@ def test_padded_linear_obeys_the_law(width: int, dtype: torch.dtype, device: str
         assert y.shape == (3, 17, width)
 
 
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("rows", [1, 511, 512, 513, 1300])
+def test_inference_in_chunks_is_the_whole(rows: int, biased: bool) -> None:
+    x, weight, bias = torch.randn(rows, 24), torch.randn(1027, 24), torch.randn(1027) if biased else None
+    with torch.no_grad():
+        y = padded_linear(x, weight, bias)
+    torch.testing.assert_close(y, F.linear(x, weight, bias))
+    assert y.is_contiguous()
+
+
 def test_rows_decide_and_everything_else_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     from oslo_fusion.jit import projection
 
