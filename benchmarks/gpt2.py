@@ -98,7 +98,7 @@ def _run(parsed: argparse.Namespace) -> int:
     start = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("starting", total=sum(2 + len(providers) for _, providers in plan))
+        task = progress.add_task("starting", total=sum(3 + len(providers) for _, providers in plan))
         for load, providers in plan:
             section_start = time.perf_counter()
             label = f"{models.dtype_name(load.torch_dtype)} {load.mode}"

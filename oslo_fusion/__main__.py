@@ -281,7 +281,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--out: received {str(out)!r}: {error.strerror}. Remedy: a directory to write to.") from None
     try:
         with _progress() as progress:
-            task = progress.add_task("starting", total=2 + len(providers))
+            task = progress.add_task("starting", total=3 + len(providers))
             began = False
 
             def on_stage(text: str) -> None:

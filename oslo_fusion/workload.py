@@ -40,6 +40,7 @@ PROVIDERS = ("eager", "compile", "compile reduce-overhead", "oslo_fusion")
 the same with ``mode="reduce-overhead"``, which replays CUDA graphs. ``oslo_fusion``: ``oslo_fusion.initialize(model,
 config)``."""
 
+_ROUNDS = 5
 MIN_WARMUP = 5  # TorchScript's profiling executor runs, profiles, then compiles: forward and backward are settled after four
 
 
@@ -208,7 +209,8 @@ class Measurement:
         first_call_s: the very first call.
         warmup_s: all calls before the timed ones together, the first included.
         second_shape_s: the first call with another batch and length, right after the timed ones; None if not asked.
-        peak_bytes: most memory allocated on the device during the timed calls, weights included; None on the CPU.
+        peak_bytes: most memory allocated on the device during the timed calls, weights included, other models that are
+            there at the time not; None on the CPU.
         repeats: how many calls were timed.
     """
 
@@ -242,32 +244,66 @@ def measure(
         ConfigError: too few calls.
     """
     _check_calls(repeats, warmup)
+    watch = Stopwatch(step, device)
+    resident = _allocated(device)
+    watch.warm_up(warmup)
+    watch.time(repeats)
+    return watch.measurement(resident, second_shape)
 
-    def timed(function: Callable[[], object]) -> float:
+
+class Stopwatch:
+    """Times one step, in as many portions as the caller likes, so that several can be timed in turn."""
+
+    def __init__(self, step: Callable[[], object], device: torch.device) -> None:
+        self._step, self._device = step, device
+        self._warming: list[float] = []
+        self._times: list[float] = []
+        self._rise = 0
+
+    def _timed(self, function: Callable[[], object]) -> float:
         start = time.perf_counter()
         result = function()
-        synchronize(device)
+        synchronize(self._device)
         stop = time.perf_counter()
         del result
         return stop - start
 
-    synchronize(device)
-    warming = [timed(step) for _ in range(warmup)]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    times = sorted(timed(step) for _ in range(repeats))
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    middle = len(times) // 2
-    return Measurement(
-        median_s=times[middle] if len(times) % 2 else (times[middle - 1] + times[middle]) / 2,
-        p90_s=times[math.ceil(0.9 * len(times)) - 1],
-        mean_s=sum(times) / len(times),
-        first_call_s=warming[0],
-        warmup_s=sum(warming),
-        second_shape_s=timed(second_shape) if second_shape else None,
-        peak_bytes=peak,
-        repeats=repeats,
-    )
+    def warm_up(self, calls: int) -> None:
+        """Make the first calls."""
+        synchronize(self._device)
+        self._warming += [self._timed(self._step) for _ in range(calls)]
+
+    def time(self, calls: int) -> None:
+        """Make timed calls, and note how far the allocated memory rises above what is there at their start."""
+        before = _allocated(self._device)
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._times += [self._timed(self._step) for _ in range(calls)]
+        if self._device.type == "cuda":
+            self._rise = max(self._rise, torch.cuda.max_memory_allocated(self._device) - before)
+
+    def measurement(self, resident: int, second_shape: Callable[[], object] | None = None) -> Measurement:
+        """What was measured.
+
+        Args:
+            resident: bytes that the model and its optimizer hold between calls; the peak is counted from there.
+            second_shape: called once, timed.
+        """
+        times, middle = sorted(self._times), len(self._times) // 2
+        return Measurement(
+            median_s=times[middle] if len(times) % 2 else (times[middle - 1] + times[middle]) / 2,
+            p90_s=times[math.ceil(0.9 * len(times)) - 1],
+            mean_s=sum(times) / len(times),
+            first_call_s=self._warming[0],
+            warmup_s=sum(self._warming),
+            second_shape_s=self._timed(second_shape) if second_shape else None,
+            peak_bytes=resident + self._rise if self._device.type == "cuda" else None,
+            repeats=len(times),
+        )
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _check_calls(repeats: int, warmup: int) -> None:
@@ -559,8 +595,8 @@ def compare(
     """Time the same workload with each provider in one run.
 
     First the answers of ``oslo_fusion`` are checked (where it is among the providers), then the roof is measured,
-    then each provider gets a fresh, identically seeded model. A provider that fails gives a row with its error, and
-    the run goes on.
+    then each provider gets a fresh, identically seeded model, and they are timed in turn, in five rounds. All models are
+    on the device at once. A provider that fails gives a row with its error, and the run goes on.
 
     Args:
         workload: what to time.
@@ -568,7 +604,7 @@ def compare(
         providers: names out of :data:`PROVIDERS`, in order. Speedups are given relative to ``eager``.
         repeats, warmup: as for :func:`measure`.
         with_profile: also say where the time of ``eager`` and ``oslo_fusion`` goes (on CUDA only).
-        on_stage: called with a few words as each of the ``2 + len(providers)`` stages begins.
+        on_stage: called with a few words as each of the ``3 + len(providers)`` stages begins.
 
     Returns:
         Plain data, ready for JSON: ``workload``, ``config``, ``check``, ``fusion`` (counts by outcome and kind,
@@ -596,29 +632,25 @@ def compare(
         free_memory(device)
         rate, bandwidth = matmul_rate(workload.torch_dtype, device), copy_bandwidth(device)
         free_memory(device)
-        rows, outcome = [], None
-        for name in providers:
-            on_stage(f"timing {name}")
-            row: dict[str, Any] = {"provider": name, "error": None}
-            try:
-                report = _time_provider(row, name, workload, fusion, repeats, warmup, with_profile)
-                if gate is not None and report is not None:
-                    outcome = _outcome(report)
-                    sites = tuple(r.site.path for r in report.rows if r.outcome == "fused")
-                    if sites != gate.fused:
-                        raise PlanError(
-                            f"{len(sites)} sites were fused where the check saw {len(gate.fused)}: what was timed is "
-                            "not what was checked. Remedy: autotune: off, or a quieter machine."
-                        )
-                    row["prepare_s"] = max(row["prepare_s"], gate.initialize_s)
-                    row["first_call_s"] = max(row["first_call_s"], gate.first_call_s)
-            except Exception as error:  # a row of its own: the other providers are still worth their figures
-                row["error"] = f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:600]
-            if "median_s" in row and row["error"] is None:
-                row["percent_of_roof"] = 100 * flops / (row["median_s"] * rate)
-            rows.append(row)
-            _reset_compiler(name)
-            free_memory(device)
+        entries = []
+        try:
+            for name in providers:
+                on_stage(f"preparing {name}")
+                entries.append(_prepare(name, workload, fusion, gate, warmup))
+                free_memory(device)
+            on_stage("timing")
+            for turn in range(_ROUNDS):  # in turn, so that a slow moment of the machine meets all of them
+                calls = len(range(turn, repeats, _ROUNDS))
+                for entry in entries:
+                    entry.attempt(functools.partial(_Entry.time, calls=calls))
+            for entry in entries:
+                entry.attempt(lambda e: e.finish(flops, rate, with_profile))
+        finally:
+            _reset_compiler()
+    rows = [entry.row for entry in entries]
+    outcome = next((_outcome(entry.report) for entry in entries if entry.report is not None), None)
+    entries.clear()
+    free_memory(device)
     _add_speedups(rows)
     return {
         "workload": workload.to_dict(),
@@ -630,44 +662,90 @@ def compare(
     }
 
 
-def _time_provider(
-    row: dict[str, Any],
-    name: str,
-    workload: Workload,
-    config: object,
-    repeats: int,
-    warmup: int,
-    with_profile: bool,
-) -> Any:
-    """Fill ``row``; return the report of an initialized model."""
-    device = workload.torch_device
-    if name == "compile reduce-overhead" and device.type != "cuda":
+@dataclass
+class _Entry:
+    """A provider at work: its row, and while nothing failed its step."""
+
+    row: dict[str, Any]
+    device: torch.device
+    report: Any = None
+    resident: int = 0
+    run: Callable[[Mapping[str, Tensor]], Any] | None = None
+    inputs: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    second_inputs: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def start(self, run: Callable[[Mapping[str, Tensor]], Any]) -> None:
+        """Take the function that is timed."""
+        self.run = run
+        self.watch = Stopwatch(lambda: run(self.inputs), self.device)
+
+    def attempt(self, act: Callable[[_Entry], None]) -> None:
+        """Do something with a provider that has not failed; a failure becomes its row: the others still count."""
+        if self.row["error"] is not None:
+            return
+        try:
+            act(self)
+        except Exception as error:
+            self.row["error"] = f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:600]
+            self.run = None
+
+    def time(self, calls: int) -> None:
+        """Time a portion of the calls."""
+        self.watch.time(calls)
+
+    def finish(self, flops: int, rate: float, with_profile: bool) -> None:
+        """Fill the row from what was timed; then another shape, and the profile."""
+        run = self.run
+        assert run is not None
+        measured = self.watch.measurement(self.resident, lambda: run(self.second_inputs))
+        slower_first_call = max(measured.first_call_s, self.row.pop("gate_first_call_s", 0.0))
+        self.row.update(dataclasses.asdict(measured), first_call_s=slower_first_call)
+        self.row["percent_of_roof"] = 100 * flops / (measured.median_s * rate)
+        if with_profile and self.device.type == "cuda" and self.row["provider"] in ("eager", "oslo_fusion"):
+            for _ in range(MIN_WARMUP):  # the second shape came in between
+                run(self.inputs)
+            self.row["profile"] = profile(lambda: run(self.inputs), self.device)
+
+
+def _prepare(name: str, workload: Workload, config: object, gate: Gate | None, warmup: int) -> _Entry:
+    """Build a provider's model and make its first calls."""
+    entry = _Entry({"provider": name, "error": None}, workload.torch_device)
+    entry.attempt(lambda e: _start(e, name, workload, config, gate, warmup))
+    return entry
+
+
+def _start(entry: _Entry, name: str, workload: Workload, config: object, gate: Gate | None, warmup: int) -> None:
+    if name == "compile reduce-overhead" and entry.device.type != "cuda":
         raise ConfigError("reduce-overhead replays CUDA graphs, and this workload runs on the CPU")
-    report = None
+    before = _allocated(entry.device)
     if name == "oslo_fusion":
-        model, prepare_s = _initialized(workload, config)
-        report = engine.report(model)
+        model, entry.row["prepare_s"] = _initialized(workload, config)
+        entry.report = engine.report(model)
         called: Callable[..., Any] = model
+        if gate is not None:
+            if tuple(row.site.path for row in entry.report.rows if row.outcome == "fused") != gate.fused:
+                raise PlanError(
+                    f"{entry.report.count('fused')} sites were fused where the check saw {len(gate.fused)}: what was timed "
+                    "is not what was checked. Remedy: autotune: off, or a quieter machine."
+                )
+            entry.row["prepare_s"] = max(entry.row["prepare_s"], gate.initialize_s)
+            entry.row["gate_first_call_s"] = gate.first_call_s
     else:
         model = workload.build()
         start = time.perf_counter()
         called = _compiled(model, name)
-        prepare_s = time.perf_counter() - start
+        entry.row["prepare_s"] = time.perf_counter() - start
     step = make_step(called, list(model.parameters()), workload.mode)
-    inputs, second_inputs = workload.inputs(model), workload.second().inputs(model)
+    entry.inputs, entry.second_inputs = workload.inputs(model), workload.second().inputs(model)
 
     def run(given: Mapping[str, Tensor]) -> Any:
         if name == "compile reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
         return step(given)
 
-    measured = measure(lambda: run(inputs), device, repeats, warmup, lambda: run(second_inputs))
-    row.update(dataclasses.asdict(measured), prepare_s=prepare_s)
-    if with_profile and device.type == "cuda" and name in ("eager", "oslo_fusion"):
-        for _ in range(MIN_WARMUP):  # the second shape came in between
-            run(inputs)
-        row["profile"] = profile(lambda: run(inputs), device)
-    return report
+    entry.start(run)
+    entry.watch.warm_up(warmup)
+    entry.resident = _allocated(entry.device) - before
 
 
 def _initialized(workload: Workload, config: object) -> tuple[nn.Module, float]:
@@ -682,15 +760,13 @@ def _initialized(workload: Workload, config: object) -> tuple[nn.Module, float]:
 def _compiled(model: nn.Module, name: str) -> Callable[..., Any]:
     if name == "eager":
         return model
-    torch._dynamo.reset()
     torch.compiler.config.force_disable_caches = True  # else a compilation left on disk would be timed as the first call
     return torch.compile(model, mode="reduce-overhead" if name == "compile reduce-overhead" else None)
 
 
-def _reset_compiler(name: str) -> None:
-    if name.startswith("compile"):
-        torch._dynamo.reset()
-        torch.compiler.config.force_disable_caches = False
+def _reset_compiler() -> None:
+    torch._dynamo.reset()
+    torch.compiler.config.force_disable_caches = False
 
 
 def _fused_sites(model: nn.Module) -> tuple[str, ...]:
