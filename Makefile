@@ -35,6 +35,7 @@ check: lint
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/python -m benchmarks.readme --check
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,6 +117,8 @@ def region(results: list[dict[str, Any]], picture: str) -> str:
                 parts += [f"**{TITLES[mode]}, {_shape(sections[0])}**", _table(sections)]
                 sentence = _sentence(mode, sections)
                 parts += [sentence] if sentence else []
+        profiled = _profiles(result["sections"])
+        parts += [f"**Where the time goes, per call**\n\n{profiled}"] if profiled else []
     parts.append(_legend())
     return "\n\n".join(parts)
 
@@ -166,6 +169,35 @@ def _table(sections: list[dict[str, Any]]) -> str:
                 cells = [f"**{cell}**" for cell in cells]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _profiles(sections: list[dict[str, Any]]) -> str:
+    """Kernels, host and launches of the providers that were profiled: what is above the kernels' sum, the host costs."""
+    lines = []
+    for section in sections:
+        for row in section["rows"]:
+            found = row.get("profile")
+            if found is None:
+                continue
+            load = section["workload"]
+            cells = [TITLES[load["mode"]], SHORT[load["dtype"]], NAMES.get(row["provider"], row["provider"])]
+            cells += [f"{found[key]:.1f}" for key in ("device_ms", "host_ms", "wall_ms")]
+            top = found["kernels"][0]
+            cells += [f"{found['launches']:.0f}", f"{top['ms']:.2f} ms {_short_kernel(top['name'])}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    if not lines:
+        return ""
+    head = (
+        "| | dtype | provider | kernels ms | host ms | wall ms | launches | largest kernel |",
+        "|---|---|---|--:|--:|--:|--:|---|",
+    )
+    return "\n".join((*head, *lines))
+
+
+def _short_kernel(name: str) -> str:
+    """The telling part of a kernel's mangled name."""
+    name = re.sub(r"^void |\(anonymous namespace\)::|at::native::|<.*|\(.*", "", name) or name
+    return f"`{name[:48]}`"
 
 
 def _cell(text: str) -> str:
