@@ -190,7 +190,7 @@ def gather_info() -> dict[str, Any]:
         _version_row("python", here.python, SUPPORTED_PYTHON, ""),
         _version_row("torch", here.torch, SUPPORTED_TORCH, ""),
         _version_row("transformers", here.transformers, SUPPORTED_TRANSFORMERS, "not installed"),
-        _version_row("triton", here.triton, "not needed by this version", "not installed"),
+        _version_row("triton", here.triton, "3.6 and newer; optional", "not installed"),
         _version_row("CUDA", here.cuda, "what torch was built with", "this torch is built without CUDA"),
         _version_row("HIP", here.hip, "what torch was built with", "this torch is built without ROCm"),
     ]

@@ -23,8 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from oslo_fusion.errors import ConfigError
 
 BLOCK = "kernel_fusion"
-OSLO_KERNELS = ("FusedRMSNorm", "FusedNoRepeatNGram")
-"""Names that OSLO's configurations use. No room of this version provides them; a plan refuses each by name."""
+KERNELS = ("FusedRMSNorm", "FusedLayerNorm", "FusedNoRepeatNGram")
+"""Names that ``custom_cuda_kernels`` may hold. A plan refuses by name what this version has no room for."""
 
 AUTOTUNE = ("off", "cached", "full")
 ON_REFUSAL = ("report", "raise")
@@ -40,8 +40,8 @@ class FusionConfig:
         enable: fuse. ``False`` leaves the model untouched, as in OSLO.
         memory_efficient_fusion: AOT Autograd instead of TorchScript. This version has no AOT room: the plan says so
             in a row and uses TorchScript.
-        custom_cuda_kernels: kernel names from OSLO's configurations, or ``("all",)``. This version has no kernel room:
-            the plan refuses each by name.
+        custom_cuda_kernels: kernels to use beside the rest: ``FusedNoRepeatNGram`` for n-gram blocking in ``generate``;
+            ``("all",)`` for all. The plan refuses by name what this version does not have.
         autotune: ``off`` takes every fusion that is correct; ``cached`` takes those measured to be faster on this
             device, each measured once per process; ``full`` measures again.
         verify: run the model on a sample input before and after, and put the difference into the report.
@@ -166,11 +166,11 @@ def _other_blocks(tree: Mapping[Any, Any]) -> tuple[str, ...]:
 
 
 def _kernel_names(value: object) -> tuple[str, ...]:
-    path, allowed = "custom_cuda_kernels", (*OSLO_KERNELS, "all")
+    path, allowed = "custom_cuda_kernels", (*KERNELS, "all")
     if value == "all":
         return ("all",)
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise _wrong(path, value, "a list of kernel names", f"write {path}: [{OSLO_KERNELS[0]}]")
+        raise _wrong(path, value, "a list of kernel names", f"write {path}: [{KERNELS[0]}]")
     for index, name in enumerate(value):
         if not isinstance(name, str) or name not in allowed:
             raise _wrong(f"{path}[{index}]", name, ", ".join(allowed), _nearest(name, allowed))

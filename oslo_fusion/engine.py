@@ -7,7 +7,7 @@ import logging
 from torch import nn
 
 from oslo_fusion import probe, surgery
-from oslo_fusion.config import FusionConfig, parse_config
+from oslo_fusion.config import KERNELS, FusionConfig, parse_config
 from oslo_fusion.environment import environment
 from oslo_fusion.errors import ConfigError, PlanError, RefusalError
 from oslo_fusion.passes import PASSES
@@ -122,8 +122,10 @@ def _absent_rooms(config: FusionConfig) -> list[Proposal]:
         wanted.append(
             ("memory_efficient_fusion", "AOT Autograd fusion is not part of this version; TorchScript fusion is used")
         )
-    for name in config.custom_cuda_kernels:
-        wanted.append((f"custom_cuda_kernels: {name}", "custom kernels are not part of this version"))
+    served = {name for room in PASSES for name in room.kernels}
+    for name in KERNELS if config.custom_cuda_kernels == ("all",) else config.custom_cuda_kernels:
+        if name not in served:
+            wanted.append((f"custom_cuda_kernels: {name}", "this kernel is not part of this version"))
     return [
         Proposal(
             site=Site(f"kernel_fusion.{key}", "configuration", "-"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from oslo_fusion.generation import GenerationPass
 from oslo_fusion.jit import TorchScriptPass
 from oslo_fusion.plan import Pass
+from oslo_fusion.triton.norm_sites import NormPass
 
-PASSES: tuple[Pass, ...] = (TorchScriptPass(),)
+PASSES: tuple[Pass, ...] = (NormPass(), TorchScriptPass(), GenerationPass())

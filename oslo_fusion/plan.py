@@ -83,11 +83,17 @@ class Site:
 
 @dataclass(frozen=True)
 class Swap:
-    """One change that surgery makes: the module at ``path`` gets ``donor`` in front of its class, with ``settings``."""
+    """One change that surgery makes to the module at ``path``.
+
+    Without ``attribute`` the module gets ``donor`` in front of its class, with ``settings``. With it the module instance gets
+    that attribute, which is ``donor(module, settings)``: the way in for a method of a ``PreTrainedModel``, whose class is left
+    alone because transformers keys its output recorders by it. Such a donor is a picklable class that holds its module weakly.
+    """
 
     path: str
-    donor: type[nn.Module]
+    donor: type[Any]
     settings: Settings
+    attribute: str = ""
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,8 @@ class Pass(Protocol):
     """A room's way into the plan. ``propose`` is pure: it reads the model, may run copies of its parts, changes nothing."""
 
     name: str
+    kernels: tuple[str, ...]
+    """The names in ``custom_cuda_kernels`` that this room answers for."""
 
     def propose(self, model: nn.Module, config: FusionConfig, environment: Environment) -> Iterable[Proposal]:
         """Yield one proposal for every candidate site of this room."""

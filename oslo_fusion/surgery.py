@@ -19,7 +19,10 @@ from oslo_fusion.plan import Settings, Swap
 
 SETTINGS = "_oslo_fusion_settings"
 REPORT = "_oslo_fusion_report"
-_OURS = (SETTINGS, REPORT)
+ATTRIBUTES = "_oslo_fusion_attributes"
+"""Where an instance keeps the names of the attributes that were put on it."""
+
+_OURS = (SETTINGS, REPORT, ATTRIBUTES)
 
 _CLASSES: dict[str, type[nn.Module]] = {}
 
@@ -87,7 +90,21 @@ def apply(model: nn.Module, swaps: Iterable[Swap]) -> None:
             raise PlanError(
                 f"{change.path}: not in this {type(model).__name__} ({error}). Remedy: plan and apply on the same model."
             ) from None
-        swap(module, change.donor, change.settings)
+        if change.attribute:
+            put(module, change)
+        else:
+            swap(module, change.donor, change.settings)
+
+
+def put(module: nn.Module, change: Swap) -> None:
+    """Put an attribute on the instance, where Python finds it before the method of that name."""
+    if change.attribute in module.__dict__:
+        raise PlanError(
+            f"{change.path or type(module).__name__}: has an attribute {change.attribute} of its own. Remedy: restore the "
+            "model first, or undo that patch."
+        )
+    module.__dict__[change.attribute] = change.donor(module, change.settings)
+    module.__dict__[ATTRIBUTES] = (*module.__dict__.get(ATTRIBUTES, ()), change.attribute)
 
 
 def restore(model: nn.Module) -> None:
@@ -106,7 +123,7 @@ def restore(model: nn.Module) -> None:
     for module in modules:
         if is_fused(module):
             module.__class__ = type(module).__bases__[1]
-        for name in _OURS:
+        for name in (*module.__dict__.get(ATTRIBUTES, ()), *_OURS):
             module.__dict__.pop(name, None)
 
 
@@ -146,13 +163,18 @@ _Saved = list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]
 
 
 def _snapshot(model: nn.Module) -> _Saved:
-    return [(m, type(m), {n: m.__dict__[n] for n in _OURS if n in m.__dict__}) for m in model.modules()]
+    return [(m, type(m), {n: m.__dict__[n] for n in _names(m)}) for m in model.modules()]
+
+
+def _names(module: nn.Module) -> tuple[str, ...]:
+    """What of the instance is ours."""
+    return tuple(n for n in (*module.__dict__.get(ATTRIBUTES, ()), *_OURS) if n in module.__dict__)
 
 
 def _put_back(saved: _Saved) -> None:
     for module, cls, attributes in saved:
         if type(module) is not cls:
             module.__class__ = cls
-        for name in _OURS:
-            module.__dict__.pop(name, None)
+        for name in _names(module):
+            del module.__dict__[name]
         module.__dict__.update(attributes)

@@ -55,8 +55,11 @@ def test_oslo_tutorial_configs_run_verbatim(config: dict[str, Any], build: Any) 
     rows = {row.site.path: row for row in oslo.report(model).rows}
     block = config["kernel_fusion"]
     assert ("kernel_fusion.memory_efficient_fusion" in rows) == ("memory_efficient_fusion" in block)
-    for name in block.get("custom_cuda_kernels", []):
-        assert rows[f"kernel_fusion.custom_cuda_kernels: {name}"].outcome == "refused"
+    if "custom_cuda_kernels" in block:
+        norm = rows["decoder.final_layer_norm"]
+        assert norm.outcome == "refused"
+        assert "Triton" in norm.reason
+        assert rows["generate"].site.kind == "n-gram blocking"
 
 
 @pytest.mark.parametrize(

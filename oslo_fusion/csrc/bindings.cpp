@@ -11,8 +11,11 @@
 //
 // <torch/extension.h> is not included on purpose: it parses all of torch's C++ frontend, which multiplies the build time.
 
+#include "no_repeat_ngram.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/library.h>
 #include <torch/version.h>
 
 #include <map>
@@ -66,6 +69,15 @@ std::string openmp() {
 #endif
 }
 
+// Whether setup.py compiled the .cu files too.
+std::string cuda() {
+#if defined(OSLO_FUSION_WITH_CUDA)
+  return "yes";
+#else
+  return "no";
+#endif
+}
+
 std::map<std::string, std::string> build_info() {
   return {
       {"compiler", compiler()},
@@ -73,12 +85,25 @@ std::map<std::string, std::string> build_info() {
       {"torch", TORCH_VERSION},
       {"openmp", openmp()},
       {"vector_extension", vector_extension()},
-      {"cuda", "no"},
+      {"cuda", cuda()},
   };
 }
 
 }  // namespace
 }  // namespace oslo_fusion
+
+TORCH_LIBRARY_IMPL(oslo_fusion, CPU, m) {
+  m.impl("no_repeat_ngram_", &oslo_fusion::no_repeat_ngram_cpu_);
+  m.impl("no_repeat_ngram", &oslo_fusion::no_repeat_ngram_cpu);
+}
+
+#if defined(OSLO_FUSION_WITH_CUDA)
+// Triton's kernel holds the CUDA key of the plain name, so this one has a name of its own.
+TORCH_LIBRARY_IMPL(oslo_fusion, CUDA, m) {
+  m.impl("no_repeat_ngram_cuda_", &oslo_fusion::no_repeat_ngram_cuda_);
+  m.impl("no_repeat_ngram_cuda", &oslo_fusion::no_repeat_ngram_cuda);
+}
+#endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled part of oslo_fusion. Load it through oslo_fusion.extension, which explains when it can't be loaded.";

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from oslo_fusion import probe
-from oslo_fusion.jit.decide import (
+from oslo_fusion.decide import (
     PROVEN_SHAPE,
     Scope,
     decide,
@@ -21,6 +21,7 @@ from oslo_fusion.jit.decide import (
     signature,
 )
 from oslo_fusion.jit.formulas import FORMULAS
+from oslo_fusion.jit.script import ROOM
 from oslo_fusion.jit.trace import Activation, has_hooks, recognise_activation
 from oslo_fusion.plan import Proposal, Site
 
@@ -69,20 +70,22 @@ def propose_activation(path: str, module: nn.Module, device: torch.device, dtype
     site = Site(path, KIND, type(module).__name__)
     if any(True for _ in module.parameters()):
         if type(module).__module__ == "transformers.activations":
-            return refuse(site, type(module).__name__, "has learned parameters; their gradients are sums, which stay apart")
+            return refuse(
+                ROOM, site, type(module).__name__, "has learned parameters; their gradients are sums, which stay apart"
+            )
         return None
     found = recognise(module, device, scope)
     if found is None:
         return None
     before = f"{type(module).__name__}, {found.kernels} kernel{'s' if found.kernels > 1 else ''}"
     if found.kernels <= 1:
-        return refuse(site, before, f"already one kernel ({found.operators[0] if found.operators else 'none'})")
+        return refuse(ROOM, site, before, f"already one kernel ({found.operators[0] if found.operators else 'none'})")
     if found.formula is None:
-        return refuse(site, before, f"no known formula; its operators are {', '.join(found.operators)}")
+        return refuse(ROOM, site, before, f"no known formula; its operators are {', '.join(found.operators)}")
     if has_hooks(module):
-        return refuse(site, before, "its forward was replaced or is hooked")
+        return refuse(ROOM, site, before, "its forward was replaced or is hooked")
     if found.formula.aten is None and not (fuser := scope.fuser(device)).available:
-        return refuse(site, before, fuser.reason)
+        return refuse(ROOM, site, before, fuser.reason)
     formula, twin = found.formula, probe.shadow(module)
     verdict = scope.once(
         (KIND, formula.name, found.operators, device, dtype),
@@ -102,4 +105,4 @@ def propose_activation(path: str, module: nn.Module, device: torch.device, dtype
         "formula": formula.name,
         "autocast_dtype": found.autocast_dtype,
     }
-    return propose(site, verdict, before, after, FusedActivation, settings)
+    return propose(ROOM, site, verdict, before, after, FusedActivation, settings)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from oslo_fusion import probe
-from oslo_fusion.jit.activation import recognise
-from oslo_fusion.jit.decide import (
+from oslo_fusion.decide import (
     HALF,
     PROVEN_SHAPE,
     Scope,
@@ -29,7 +28,9 @@ from oslo_fusion.jit.decide import (
     refuse,
     signature,
 )
+from oslo_fusion.jit.activation import recognise
 from oslo_fusion.jit.formulas import FORMULAS, GATED, gated_product
+from oslo_fusion.jit.script import ROOM
 from oslo_fusion.jit.trace import Activation, Call, Trace, has_hooks, linear_shape, same, trace
 from oslo_fusion.plan import Proposal, Site
 
@@ -251,11 +252,11 @@ def _propose_gated(
     assert formula is not None
     before = f"{formula.name}(gate), times up"
     if formula.name not in GATED:
-        return refuse(site, before, f"no fused product for {formula.name}; there is one for {', '.join(GATED)}")
+        return refuse(ROOM, site, before, f"no fused product for {formula.name}; there is one for {', '.join(GATED)}")
     if has_hooks(module):
-        return refuse(site, before, "its forward was replaced on the instance or is hooked")
+        return refuse(ROOM, site, before, "its forward was replaced on the instance or is hooked")
     if not (fuser := scope.fuser(device)).available:
-        return refuse(site, before, fuser.reason)
+        return refuse(ROOM, site, before, fuser.reason)
     verdict = scope.once(
         (GATED_KIND, formula.name, device, dtype),
         lambda: decide(
@@ -271,7 +272,7 @@ def _propose_gated(
     settings = {**mode_settings(device, verdict), **_settings(pattern, formula.name)}
     claims = [f"{path}.{pattern.roles['activation']}"]
     after = "one TorchScript kernel for the product"
-    return propose(site, verdict, before, after, FusedGatedMLP, settings, claims)
+    return propose(ROOM, site, verdict, before, after, FusedGatedMLP, settings, claims)
 
 
 def _propose_epilogue(
@@ -282,15 +283,15 @@ def _propose_epilogue(
     assert formula is not None
     before = f"{type(linear).__name__}, then {formula.name}"
     if formula.name not in _EPILOGUES:
-        return refuse(site, before, f"the matmul has no epilogue for {formula.name}; it has for {', '.join(_EPILOGUES)}")
+        return refuse(ROOM, site, before, f"the matmul has no epilogue for {formula.name}; it has for {', '.join(_EPILOGUES)}")
     if linear.bias is None:
-        return refuse(site, before, "the matmul's epilogue needs a bias, and this layer has none")
+        return refuse(ROOM, site, before, "the matmul's epilogue needs a bias, and this layer has none")
     if device.type != "cuda":
-        return refuse(site, before, "an activation in the matmul's epilogue needs a CUDA device")
+        return refuse(ROOM, site, before, "an activation in the matmul's epilogue needs a CUDA device")
     if dtype not in HALF:
-        return refuse(site, before, "the matmul's epilogue pays in half precision only")
+        return refuse(ROOM, site, before, "the matmul's epilogue pays in half precision only")
     if has_hooks(module) or has_hooks(linear):
-        return refuse(site, before, "its forward was replaced on the instance or is hooked")
+        return refuse(ROOM, site, before, "its forward was replaced on the instance or is hooked")
     shape = linear_shape(linear)
     assert shape is not None
 
@@ -315,4 +316,4 @@ def _propose_epilogue(
     settings = {**mode_settings(device, verdict), **_settings(pattern, formula.name)}
     claims = [f"{path}.{pattern.roles['activation']}"]
     after = "activation in the matmul's epilogue; one ATen kernel in training"
-    return propose(site, verdict, before, after, FusedLinearActivation, settings, claims)
+    return propose(ROOM, site, verdict, before, after, FusedLinearActivation, settings, claims)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oslo_fusion.jit.decide import (
+from oslo_fusion.decide import (
     HALF,
     Scope,
     Verdict,
@@ -26,6 +26,7 @@ from oslo_fusion.jit.decide import (
     random,
     refuse,
 )
+from oslo_fusion.jit.script import ROOM
 from oslo_fusion.jit.trace import has_hooks, linear_shape
 from oslo_fusion.plan import Proposal, Site
 
@@ -110,11 +111,11 @@ def propose_projection(path: str, module: nn.Module, scope: Scope) -> Proposal |
     site = Site(path, KIND, type(module).__name__)
     before = f"{type(module).__name__} {shape[0]}→{shape[1]}"
     if device.type != "cuda":
-        return refuse(site, before, "an aligned width helps tensor cores; this matmul does not run on a GPU")
+        return refuse(ROOM, site, before, "an aligned width helps tensor cores; this matmul does not run on a GPU")
     if dtype not in (*HALF, torch.float32):
-        return refuse(site, before, f"an aligned width helps half precision; the weight is {dtype}")
+        return refuse(ROOM, site, before, f"an aligned width helps half precision; the weight is {dtype}")
     if has_hooks(module):
-        return refuse(site, before, "its forward was replaced on the instance or is hooked")
+        return refuse(ROOM, site, before, "its forward was replaced on the instance or is hooked")
     half = dtype if dtype in HALF else torch.bfloat16
     biased = getattr(module, "bias", None) is not None
 
@@ -146,4 +147,4 @@ def propose_projection(path: str, module: nn.Module, scope: Scope) -> Proposal |
     settings = {**modes, "min_rows": min_rows, "out_first": isinstance(module, nn.Linear)}
     padded = shape[1] + (-shape[1] % ALIGNMENT)
     after = f"padded to {padded} from {min_rows} rows on" + ("" if dtype in HALF else ", under autocast")
-    return propose(site, verdict, before, after, PaddedProjection, settings)
+    return propose(ROOM, site, verdict, before, after, PaddedProjection, settings)

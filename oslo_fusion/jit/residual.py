@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oslo_fusion import probe
-from oslo_fusion.jit.decide import (
+from oslo_fusion.decide import (
     PROVEN_SHAPE,
     Scope,
     decide,
@@ -30,6 +30,7 @@ from oslo_fusion.jit.decide import (
 )
 from oslo_fusion.jit.formulas import dropout_add
 from oslo_fusion.jit.mlp import input_widths, run_chain
+from oslo_fusion.jit.script import ROOM
 from oslo_fusion.jit.trace import Trace, has_hooks, linear_shape, required_arguments, same, trace
 from oslo_fusion.plan import Proposal, Site
 
@@ -121,9 +122,9 @@ def propose_residual(path: str, module: nn.Module, scope: Scope) -> Proposal | N
     site = Site(path, KIND, type(module).__name__)
     before = f"{wiring['before'][-1]}, dropout, addition"
     if has_hooks(module):
-        return refuse(site, before, "its forward was replaced on the instance or is hooked")
+        return refuse(ROOM, site, before, "its forward was replaced on the instance or is hooked")
     if not (fuser := scope.fuser(device)).available:
-        return refuse(site, before, fuser.reason)
+        return refuse(ROOM, site, before, fuser.reason)
     p = getattr(module, wiring["dropout"]).p
     verdict = scope.once(
         (KIND, device, dtype),
@@ -140,7 +141,9 @@ def propose_residual(path: str, module: nn.Module, scope: Scope) -> Proposal | N
     )
     settings = {**mode_settings(device, verdict), **wiring}
     claims = [f"{path}.{wiring['dropout']}"]
-    return propose(site, verdict, before, "mask, scale and addition in one kernel", FusedDropoutResidual, settings, claims)
+    return propose(
+        ROOM, site, verdict, before, "mask, scale and addition in one kernel", FusedDropoutResidual, settings, claims
+    )
 
 
 def _exact_inputs(device: torch.device, dtype: torch.dtype) -> Sequence[Tensor]:

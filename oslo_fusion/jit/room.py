@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from torch import nn
 
 from oslo_fusion.config import FusionConfig
+from oslo_fusion.decide import Scope, placement
 from oslo_fusion.environment import Environment
 from oslo_fusion.jit.activation import propose_activation
-from oslo_fusion.jit.decide import ROOM, Scope, placement
 from oslo_fusion.jit.mlp import propose_mlp
 from oslo_fusion.jit.projection import propose_projection
 from oslo_fusion.jit.residual import propose_residual
+from oslo_fusion.jit.script import ROOM
 from oslo_fusion.plan import Proposal, Site
 
 
@@ -20,6 +21,7 @@ class TorchScriptPass:
     """Fuses activations, MLPs, dropout with residual, and unaligned output projections."""
 
     name = ROOM
+    kernels: tuple[str, ...] = ()
 
     def propose(self, model: nn.Module, config: FusionConfig, environment: Environment) -> Iterator[Proposal]:
         """Yield a proposal for every candidate site; a single ``off`` row if fusion is not enabled."""

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+ROOM = "jit"
+
 
 class Scripted:
     """A function that is scripted at its first call, so that importing this package compiles nothing."""

@@ -16,7 +16,7 @@ from oslo_fusion.environment import Ability, Environment
 from oslo_fusion.plan import Proposal, Settings, Site, Swap, Timing
 from oslo_fusion.probe import Function
 
-ROOM = "jit"
+_ENOUGH, _MOST_DRAWS = 4096, 31
 PROVEN_SHAPE = (97, 211)
 """Odd, and large enough for the largest error of the same-dtype code, which sets the bound, to be a stable figure."""
 
@@ -121,7 +121,7 @@ def decide(
     try:
         for dtype in dtypes:
             with probe.preserved_random_state():
-                comparisons = probe.prove(after, before, small(dtype), gradients=training)
+                comparisons = probe.prove(after, before, *_draws(small, dtype), gradients=training)
                 for name, comparison in zip(("output", "gradient", "gradient", "gradient"), comparisons, strict=False):
                     if not comparison.same:
                         return Verdict(f"computes something else in {_short(dtype)}: {name} {comparison}")
@@ -142,6 +142,13 @@ def decide(
         return Verdict(f"cannot be tried here: {str(error).splitlines()[0]}")
     verdict = Verdict("", frozenset(modes["inference"]), frozenset(modes["training"]), tuple(timings))
     return Verdict(_explain(verdict), verdict.inference, verdict.training, verdict.timings)
+
+
+def _draws(small: Inputs, dtype: torch.dtype) -> list[Sequence[Tensor]]:
+    """As many sets of inputs as make the largest error a stable figure for the smallest of them, a weight's gradient say."""
+    first = small(dtype)
+    more = min(_MOST_DRAWS, _ENOUGH // max(1, min(tensor.numel() for tensor in first)))
+    return [first, *(small(dtype) for _ in range(more))]
 
 
 def _explain(verdict: Verdict) -> str:
@@ -172,6 +179,7 @@ def random(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def propose(
+    room: str,
     site: Site,
     verdict: Verdict,
     before: str,
@@ -184,7 +192,7 @@ def propose(
     fused = verdict.fused
     return Proposal(
         site=site,
-        room=ROOM,
+        room=room,
         before=before,
         after=after if fused else before,
         outcome="fused" if fused else "refused",
@@ -195,6 +203,6 @@ def propose(
     )
 
 
-def refuse(site: Site, before: str, reason: str) -> Proposal:
+def refuse(room: str, site: Site, before: str, reason: str) -> Proposal:
     """A refusal that needed no measurement."""
-    return Proposal(site, ROOM, before, before, "refused", reason)
+    return Proposal(site, room, before, before, "refused", reason)

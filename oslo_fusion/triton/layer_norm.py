@@ -1,0 +1,317 @@
+"""Layer norm in Triton: one kernel forward; backward one over the rows and one that adds up the gradients of weight and bias.
+
+Forward: a program per tile of rows; x, and the residual, are read once, the row stays in registers, s, y, mean and 1/std are
+written. The variance is that of the centred row, not mean(s²) - mean(s)², which cancels where the mean is large.
+
+Backward: few programs, each of which walks over its tiles. With x̂ = (s - mean) · rstd, g = dy · (weight + offset):
+
+    ds = rstd · (g - mean(g) - x̂ · mean(g · x̂))  (+ the gradient that reached s by another way)
+    dweight = Σ over rows of dy · x̂,  dbias = Σ over rows of dy
+
+The sums over rows are kept in registers for as long as the program lives, then written as rows of partial sums; a second kernel
+adds these up in a fixed order. No atomics: the same input gives the same bits.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# A kernel's arguments carry no types: triton would take an annotation for a value to be used on the device.
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from oslo_fusion.ops.layer_norm import (
+    _check,
+    layer_norm_backward_reference,
+    layer_norm_reference,
+    register_kernels,
+    result_dtypes,
+)
+from oslo_fusion.triton.rows import (
+    REGISTER_COLUMNS,
+    RowBlocks,
+    as_rows,
+    backward_blocks,
+    column_sums,
+    device_facts,
+    forward_blocks,
+    must_refer,
+    no_weight_blocks,
+    on_device,
+    stride_unit,
+    weight_sums,
+)
+
+
+@triton.jit
+def _layer_norm_fwd_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    s_ptr,
+    mean_ptr,
+    rstd_ptr,
+    x_row_units,
+    residual_row_units,
+    num_rows,
+    eps,
+    DIM: tl.constexpr,
+    UNIT: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK)[None, :]
+    rows_mask = rows < num_rows
+    cols_mask = cols < DIM
+    mask = rows_mask[:, None] & cols_mask
+    s = tl.load(x_ptr + (rows * (x_row_units * UNIT))[:, None] + cols, mask=mask, other=0.0)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + (rows * (residual_row_units * UNIT))[:, None] + cols, mask=mask, other=0.0)
+        s = (s.to(tl.float32) + residual.to(tl.float32)).to(s_ptr.dtype.element_ty)
+        tl.store(s_ptr + (rows * DIM)[:, None] + cols, s, mask=mask)
+    s = s.to(tl.float32)
+    mean = tl.sum(s, axis=1) / DIM
+    centred = tl.where(mask, s - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / DIM + eps)
+    tl.store(mean_ptr + rows, mean, mask=rows_mask)
+    tl.store(rstd_ptr + rows, rstd, mask=rows_mask)
+    y = centred * rstd[:, None]
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + cols, mask=cols_mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        if WEIGHT_OFFSET != 0.0:
+            weight += WEIGHT_OFFSET
+        y *= weight
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + cols, mask=cols_mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    tl.store(y_ptr + (rows * DIM)[:, None] + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _layer_norm_bwd_kernel(
+    dy_ptr,
+    ds_ptr,
+    s_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    partials_ptr,
+    dy_row_units,
+    ds_row_units,
+    s_row_units,
+    num_rows,
+    DIM: tl.constexpr,
+    UNIT: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_DS: tl.constexpr,
+    WEIGHT_GRADIENT: tl.constexpr,
+    BIAS_GRADIENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    program = tl.program_id(0)
+    cols = tl.arange(0, BLOCK)[None, :]
+    cols_mask = cols < DIM
+    # The weight is loaded once per row of the tile, in the tile's layout: as a single row it would have one of its own, and
+    # every tile would be converted to that through shared memory.
+    if HAS_WEIGHT:
+        weight_ptrs = tl.broadcast_to(weight_ptr + cols, (ROWS, BLOCK))
+        weight = tl.load(weight_ptrs, mask=tl.broadcast_to(cols_mask, (ROWS, BLOCK)), other=0.0)
+    # One sum per row of the tile: adding up the tile's rows at every step would cross the warps.
+    if WEIGHT_GRADIENT:
+        dweight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    if BIAS_GRADIENT:
+        dbias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for tile in tl.range(program, tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+        rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        rows_mask = rows < num_rows
+        mask = rows_mask[:, None] & cols_mask
+        s_ptrs = s_ptr + (rows * (s_row_units * UNIT))[:, None] + cols
+        dy_ptrs = dy_ptr + (rows * (dy_row_units * UNIT))[:, None] + cols
+        s = tl.load(s_ptrs, mask=mask, other=0.0)
+        dy = tl.load(dy_ptrs, mask=mask, other=0.0)
+        mean = tl.load(mean_ptr + rows, mask=rows_mask, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + rows, mask=rows_mask, other=0.0)[:, None]
+        normed = (s.to(tl.float32) - mean) * rstd
+        g = dy.to(tl.float32)
+        if WEIGHT_GRADIENT:
+            dweight += g * normed
+        if BIAS_GRADIENT:
+            dbias += g
+        if HAS_WEIGHT:
+            scale = weight.to(tl.float32)
+            if WEIGHT_OFFSET != 0.0:
+                scale += WEIGHT_OFFSET
+            g *= scale
+        along_row = tl.sum(g * normed, axis=1)[:, None] / DIM
+        along_ones = tl.sum(g, axis=1)[:, None] / DIM
+        dx = (g - along_ones - normed * along_row) * rstd
+        if HAS_DS:
+            dx += tl.load(ds_ptr + (rows * (ds_row_units * UNIT))[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + (rows * DIM)[:, None] + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    partial = program.to(tl.int64) * DIM + cols
+    if WEIGHT_GRADIENT:
+        tl.store(partials_ptr + partial, tl.sum(dweight, axis=0)[None, :], mask=cols_mask)
+        partial += tl.num_programs(0).to(tl.int64) * DIM
+    if BIAS_GRADIENT:
+        tl.store(partials_ptr + partial, tl.sum(dbias, axis=0)[None, :], mask=cols_mask)
+
+
+def launch_layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    out_dtype: torch.dtype | None,
+    blocks: RowBlocks | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`oslo_fusion.ops.layer_norm.layer_norm_reference`; ``blocks`` overrides the heuristic, for tuning."""
+    _check(x, weight, bias, residual, eps, out_dtype)
+    if out_dtype == torch.float64 or must_refer(x, weight, bias, residual):
+        return layer_norm_reference(x, weight, bias, residual, eps, weight_offset, out_dtype)
+    s_dtype, y_dtype = result_dtypes(x, residual, out_dtype)
+    dim, shape = x.shape[-1], x.shape
+    num_rows = x.numel() // dim
+    y = torch.empty(shape, dtype=y_dtype, device=x.device)
+    mean = torch.empty(shape[:-1], dtype=torch.float32, device=x.device)
+    rstd = torch.empty(shape[:-1], dtype=torch.float32, device=x.device)
+    s = x if residual is None else torch.empty(shape, dtype=s_dtype, device=x.device)
+    if num_rows == 0:
+        return y, s, mean, rstd
+    rows, stride = as_rows(x)
+    residual_rows, residual_stride = (None, stride) if residual is None else as_rows(residual)
+    unit = stride_unit(stride, residual_stride)
+    if blocks is None:
+        blocks = forward_blocks(dim, x.element_size(), num_rows <= 2 * device_facts(x)[0])
+    with on_device(x):
+        _layer_norm_fwd_kernel[(-(-num_rows // blocks.rows),)](
+            rows,
+            residual_rows,
+            None if weight is None else weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            y,
+            None if residual is None else s,
+            mean,
+            rstd,
+            stride // unit,
+            residual_stride // unit,
+            num_rows,
+            eps,
+            DIM=dim,
+            UNIT=unit,
+            WEIGHT_OFFSET=weight_offset,
+            HAS_WEIGHT=weight is not None,
+            HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
+            ROWS=blocks.rows,
+            BLOCK=blocks.columns,
+            num_warps=blocks.warps,
+        )
+    return y, s, mean, rstd
+
+
+def launch_layer_norm_backward(
+    dy: Tensor,
+    ds: Tensor | None,
+    s: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight_offset: float,
+    weight_gradient: bool,
+    bias_gradient: bool,
+    blocks: RowBlocks | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`oslo_fusion.ops.layer_norm.layer_norm_backward_reference`; ``blocks`` overrides the heuristic, for tuning."""
+    if must_refer(dy, ds, s, weight, bias):
+        return layer_norm_backward_reference(dy, ds, s, weight, bias, mean, rstd, weight_offset, weight_gradient, bias_gradient)
+    dim = s.shape[-1]
+    num_rows = s.numel() // dim
+    dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    dweight, dbias = s.new_empty(0), s.new_empty(0)
+    if weight is not None and weight_gradient:
+        dweight = torch.empty(dim, dtype=weight.dtype, device=s.device)
+    if bias is not None and bias_gradient:
+        dbias = torch.empty(dim, dtype=bias.dtype, device=s.device)
+    sums = [total for total in (dweight, dbias) if total.numel()]
+    if num_rows == 0:
+        return dx, dweight.zero_(), dbias.zero_()
+    dy_rows, dy_stride = as_rows(dy)
+    ds_rows, ds_stride = (None, dy_stride) if ds is None else as_rows(ds)
+    s_rows, s_stride = as_rows(s)
+    mean, rstd = mean.contiguous(), rstd.contiguous()
+    unit = stride_unit(dy_stride, ds_stride, s_stride)
+    together = bool(sums) and dim <= REGISTER_COLUMNS
+    if blocks is None and together:
+        loads, itemsize = 2 if ds is None else 3, s.element_size()
+        blocks = backward_blocks(dim, itemsize, itemsize, num_rows, loads, *device_facts(s))
+    elif blocks is None:
+        blocks = no_weight_blocks(dim, s.element_size(), num_rows <= 2 * device_facts(s)[0])
+    programs = blocks.programs or -(-num_rows // blocks.rows)
+    partials = torch.empty((len(sums), programs, dim), dtype=torch.float32, device=s.device) if together else None
+    with on_device(s):
+        _layer_norm_bwd_kernel[(programs,)](
+            dy_rows,
+            ds_rows,
+            s_rows,
+            None if weight is None else weight.contiguous(),
+            mean,
+            rstd,
+            dx,
+            partials,
+            dy_stride // unit,
+            ds_stride // unit,
+            s_stride // unit,
+            num_rows,
+            DIM=dim,
+            UNIT=unit,
+            WEIGHT_OFFSET=weight_offset,
+            HAS_WEIGHT=weight is not None,
+            HAS_DS=ds is not None,
+            WEIGHT_GRADIENT=together and dweight.numel() > 0,
+            BIAS_GRADIENT=together and dbias.numel() > 0,
+            ROWS=blocks.rows,
+            BLOCK=blocks.columns,
+            STAGES=blocks.stages,
+            num_warps=blocks.warps,
+        )
+        if sums and partials is None:
+            partials = weight_sums(dy_rows, s_rows, mean, rstd, dweight.numel() > 0, dbias.numel() > 0)
+        if partials is not None:
+            column_sums(partials, *sums)
+    return dx, dweight, dbias
+
+
+def _launch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, weight_offset: float, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, _, mean, rstd = launch_layer_norm(x, weight, bias, None, eps, weight_offset, out_dtype)
+    return y, mean, rstd
+
+
+def _launch_add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return launch_layer_norm(x, weight, bias, residual, eps, weight_offset, out_dtype)
+
+
+register_kernels(_launch_norm, _launch_add_norm, launch_layer_norm_backward, "CUDA")

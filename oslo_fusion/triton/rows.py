@@ -1,0 +1,275 @@
+"""Work that is cut into rows: how many rows and threads a program gets, and the second stage of weight gradients.
+
+A norm reads a row, reduces it, and writes a row: the row stays in registers, memory is the limit. One program takes a tile of
+whole rows, ``rows × columns``, with ``columns`` the next power of two. The choice of tile is a frozen dataclass from a pure
+function, so that it is tested, and tuned, without touching a kernel.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# A kernel's arguments carry no types: triton would take an annotation for a value to be used on the device.
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_COLUMNS = 16384  # a wider row does not fit into the registers of 16 warps; 32 would be no block on an AMD GPU
+REGISTER_COLUMNS = 8192  # up to here a thread holds 16 numbers of each tensor, and all that a backward needs stays in registers
+_MAX_WARPS = 16
+_INTERPRETED = ("interpreter", 4, 232_448)
+
+
+@dataclass(frozen=True)
+class RowBlocks:
+    """How a kernel over rows is cut.
+
+    Attributes:
+        rows: rows per tile.
+        columns: the row's width rounded up to a power of two.
+        warps: warps per program.
+        programs: how many programs run; 0 means one per tile.
+        stages: how many tiles of a program are under way at once; 1 means that a tile is loaded when it is needed.
+        reload: the weight is read again for every tile, because a row of it does not fit into registers beside the rest.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    programs: int = 0
+    stages: int = 1
+    reload: bool = False
+
+
+def _power_of_two(number: float) -> int:
+    return 1 << max(0, math.ceil(math.log2(number))) if number > 1 else 1
+
+
+@functools.lru_cache(maxsize=4096)
+def forward_blocks(dim: int, itemsize: int, few: bool) -> RowBlocks:
+    """How a forward over rows of ``dim`` numbers of ``itemsize`` bytes is cut.
+
+    Args:
+        dim: numbers in a row.
+        itemsize: bytes of a number that is read, 2 or 4.
+        few: fewer rows than the device has places for: then a row is spread over as many warps as it feeds with one 16-byte
+            load per thread, for the shortest time; otherwise a thread loads 64 bytes, for the most bytes under way.
+    """
+    columns = _power_of_two(dim)
+    if few:
+        return RowBlocks(1, columns, min(_MAX_WARPS, max(1, columns * itemsize // (32 * 16))))
+    per_thread = 64 // itemsize
+    warps = min(_MAX_WARPS, max(4, columns // (32 * per_thread)))
+    return RowBlocks(max(1, 32 * warps * per_thread // columns), columns, warps)
+
+
+@functools.lru_cache(maxsize=4096)
+def backward_blocks(
+    dim: int, itemsize: int, weight_itemsize: int, num_rows: int, loads: int, processors: int, shared: int
+) -> RowBlocks:
+    """How a backward is cut that sums the gradient of the weight on its way.
+
+    Each program walks over tiles and keeps its sum in registers, so there are few programs: each costs a row of partial sums,
+    written and read again. 512 threads per multiprocessor in two programs, or one for wide rows, with the next tiles' loads
+    under way in shared memory while a tile is computed.
+
+    Args:
+        dim, itemsize: as in :func:`forward_blocks`.
+        weight_itemsize: bytes of a number of the weight.
+        num_rows: how many rows there are.
+        loads: how many tensors are read row by row.
+        processors: multiprocessors of the device.
+        shared: bytes of shared memory that a multiprocessor has.
+    """
+    columns = _power_of_two(dim)
+    warps = 8 if columns <= 4096 else _MAX_WARPS
+    rows = max(1, warps * 32 * 16 // columns)
+    per_processor = 2 if warps == 8 else 1
+    reload = columns > REGISTER_COLUMNS
+    tile = rows * columns * (itemsize * loads + weight_itemsize * reload)
+    # A tile less than there are stages waits in shared memory. A little of it is needed for reductions.
+    stages = next((stages for stages in (3, 2) if (stages - 1) * tile * per_processor <= shared - 8192), 1)
+    return RowBlocks(rows, columns, warps, min(per_processor * processors, -(-num_rows // rows)), stages, reload)
+
+
+def no_weight_blocks(dim: int, itemsize: int, few: bool) -> RowBlocks:
+    """How a backward is cut that sums nothing: a program per tile, as in the forward, with half the rows each."""
+    blocks = forward_blocks(dim, itemsize, few)
+    return replace(blocks, rows=max(1, blocks.rows // 2))
+
+
+@functools.cache
+def _facts(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 65_536)
+
+
+def device_facts(x: Tensor) -> tuple[int, int]:
+    """Multiprocessors of the tensor's device, and the bytes of shared memory that a program may use there."""
+    return _facts(x.device.index) if x.is_cuda else _INTERPRETED[1:]
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the tensor's device the current one, which is where triton launches."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def as_rows(x: Tensor) -> tuple[Tensor, int]:
+    """The tensor with rows that lie one stride apart and whose numbers lie side by side, and that stride in numbers.
+
+    A copy is made only where the leading dimensions cannot be walked with one stride, or the last one with stride one.
+    """
+    dim = x.shape[-1]
+    if x.is_contiguous():
+        return x, dim
+    if x.stride(-1) == 1 or dim == 1:
+        try:
+            rows = x.view(-1, dim)
+        except RuntimeError:  # the leading dimensions do not collapse
+            pass
+        else:
+            return rows, rows.stride(0)
+    return x.contiguous(), dim
+
+
+def must_refer(*tensors: Tensor | None) -> bool:
+    """Whether the reference has to serve: double precision, or rows wider than registers."""
+    return any(t is not None and (t.dtype == torch.float64 or t.shape[-1] > MAX_COLUMNS) for t in tensors)
+
+
+def stride_unit(*strides: int) -> int:
+    """The largest power of two up to 16 that divides all strides.
+
+    Triton notices by itself only that an argument is divisible by 16. A width such as 1000 would then be read one number at a
+    time; as ``125 × UNIT`` it is read eight at a time.
+    """
+    return math.gcd(16, *strides)
+
+
+@triton.jit
+def _column_sums_kernel(
+    partials_ptr,
+    first_ptr,
+    second_ptr,
+    num_partials,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    which = tl.program_id(1)
+    cols_mask = cols < DIM
+    start_ptr = partials_ptr + which.to(tl.int64) * num_partials * DIM
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for start in range(0, num_partials, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        mask = (rows < num_partials)[:, None] & cols_mask[None, :]
+        total += tl.load(start_ptr + rows[:, None] * DIM + cols[None, :], mask=mask, other=0.0)
+    result = tl.sum(total, axis=0)
+    if which == 0:
+        tl.store(first_ptr + cols, result.to(first_ptr.dtype.element_ty), mask=cols_mask)
+    else:
+        tl.store(second_ptr + cols, result.to(second_ptr.dtype.element_ty), mask=cols_mask)
+
+
+def column_sums(partials: Tensor, first: Tensor, second: Tensor | None = None) -> None:
+    """Sum what every program left behind, always in the same order: the second stage of weight gradients.
+
+    Args:
+        partials: ``[1 or 2, programs, dim]`` float32, contiguous.
+        first: ``[dim]``, receives the sums of ``partials[0]``, rounded once.
+        second: ``[dim]``, receives those of ``partials[1]``.
+    """
+    kinds, programs, dim = partials.shape
+    # 32 columns are one 128-byte line of each row of partial sums, and enough programs to fill the device from 4096 columns on.
+    _column_sums_kernel[(-(-dim // 32), kinds)](
+        partials, first, first if second is None else second, programs, DIM=dim, ROWS=128, BLOCK=32, num_warps=8
+    )
+
+
+@triton.jit
+def _weight_sums_kernel(
+    dy_ptr,
+    s_ptr,
+    mean_ptr,
+    rstd_ptr,
+    partials_ptr,
+    dy_row_units,
+    s_row_units,
+    num_rows,
+    DIM: tl.constexpr,
+    UNIT: tl.constexpr,
+    WEIGHT_GRADIENT: tl.constexpr,
+    BIAS_GRADIENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    program = tl.program_id(1)
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    cols_mask = cols < DIM
+    dweight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for tile in tl.range(program, tl.cdiv(num_rows, ROWS), tl.num_programs(1), num_stages=STAGES):
+        rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        rows_mask = rows < num_rows
+        mask = rows_mask[:, None] & cols_mask
+        dy = tl.load(dy_ptr + (rows * (dy_row_units * UNIT))[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+        if WEIGHT_GRADIENT:
+            s = tl.load(s_ptr + (rows * (s_row_units * UNIT))[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+            mean = tl.load(mean_ptr + rows, mask=rows_mask, other=0.0)[:, None]
+            rstd = tl.load(rstd_ptr + rows, mask=rows_mask, other=0.0)[:, None]
+            dweight += dy * ((s - mean) * rstd)
+        if BIAS_GRADIENT:
+            dbias += dy
+    partial_ptrs = partials_ptr + program.to(tl.int64) * DIM + cols
+    if WEIGHT_GRADIENT:
+        tl.store(partial_ptrs, tl.sum(dweight, axis=0)[None, :], mask=cols_mask)
+        partial_ptrs += tl.num_programs(1).to(tl.int64) * DIM
+    if BIAS_GRADIENT:
+        tl.store(partial_ptrs, tl.sum(dbias, axis=0)[None, :], mask=cols_mask)
+
+
+def weight_sums(dy: Tensor, s: Tensor, mean: Tensor, rstd: Tensor, weight_gradient: bool, bias_gradient: bool) -> Tensor:
+    """Partial sums of a layer norm's weight and bias gradients by columns, for rows whose sums do not fit into registers.
+
+    Reads ``dy`` and ``s`` a second time, which is five passes over memory where one kernel would make three; the registers
+    that such a kernel spills would cost more.
+
+    Returns:
+        ``[weight_gradient + bias_gradient, programs, dim]`` float32, for :func:`column_sums`.
+    """
+    dim, num_rows = s.shape[-1], rstd.numel()
+    dy_rows, dy_stride = as_rows(dy)
+    s_rows, s_stride = as_rows(s)
+    unit = stride_unit(dy_stride, s_stride)
+    block, rows = 512, 8
+    columns = -(-dim // block)
+    programs = max(1, min(-(-num_rows // rows), 4 * device_facts(s)[0] // columns))
+    partials = torch.empty((weight_gradient + bias_gradient, programs, dim), dtype=torch.float32, device=s.device)
+    _weight_sums_kernel[(columns, programs)](
+        dy_rows,
+        s_rows,
+        mean,
+        rstd,
+        partials,
+        dy_stride // unit,
+        s_stride // unit,
+        num_rows,
+        DIM=dim,
+        UNIT=unit,
+        WEIGHT_GRADIENT=weight_gradient,
+        BIAS_GRADIENT=bias_gradient,
+        ROWS=rows,
+        BLOCK=block,
+        STAGES=3,
+        num_warps=8,
+    )
+    return partials

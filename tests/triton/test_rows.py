@@ -1,0 +1,68 @@
+"""How rows are cut, without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from oslo_fusion.triton.rows import (
+    MAX_COLUMNS,
+    as_rows,
+    backward_blocks,
+    forward_blocks,
+    no_weight_blocks,
+    stride_unit,
+)
+
+DIMS = (1, 13, 64, 768, 1000, 1024, 4096, 4097, 8192, 16384)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("few", [False, True])
+def test_forward_tiles_cover_the_row_and_fit_the_registers(dim: int, itemsize: int, few: bool) -> None:
+    for blocks in (forward_blocks(dim, itemsize, few), no_weight_blocks(dim, itemsize, few)):
+        assert dim <= blocks.columns < 2 * dim or dim == blocks.columns == 1
+        assert blocks.rows & (blocks.rows - 1) == 0
+        assert 1 <= blocks.warps <= 16
+        assert blocks.rows * blocks.columns <= 32 * 32 * blocks.warps
+        assert blocks.programs == 0
+        assert not few or blocks.rows == 1
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("shared", [65_536, 166_912, 232_448])
+@pytest.mark.parametrize("loads", [2, 3])
+def test_backward_tiles_wait_in_the_shared_memory_there_is(dim: int, itemsize: int, shared: int, loads: int) -> None:
+    blocks = backward_blocks(dim, itemsize, itemsize, 10_000_000, loads, 132, shared)
+    assert dim <= blocks.columns
+    assert blocks.rows * blocks.columns <= 32 * 32 * blocks.warps
+    assert blocks.programs in (132, 264)
+    waiting = blocks.rows * blocks.columns * itemsize * (loads + blocks.reload)
+    assert (blocks.stages - 1) * waiting * (blocks.programs // 132) < shared
+    assert backward_blocks(dim, itemsize, itemsize, 3, loads, 132, shared).programs <= 3
+    assert blocks.reload == (dim > MAX_COLUMNS // 2)
+
+
+def test_rows_are_copied_only_where_they_must_be() -> None:
+    base = torch.arange(240.0).reshape(4, 6, 10)
+    for x, stride in (
+        (base, 10),
+        (base[:, 2], 60),
+        (base[..., 2:7], 10),
+        (base[:1, 0].expand(5, 10), 0),
+        (base[0, 0, 0].expand(7, 1), 0),
+    ):
+        rows, found = as_rows(x)
+        assert found == stride
+        assert rows.data_ptr() == x.data_ptr()
+    for x in (base.transpose(0, 1), base[..., ::2], base.transpose(1, 2), base[0, 0, 0].expand(7, 3)):
+        rows, found = as_rows(x)
+        assert found == x.shape[-1]
+        assert torch.equal(rows, x)
+        assert rows.is_contiguous()
+
+
+def test_the_unit_of_strides() -> None:
+    assert [stride_unit(*strides) for strides in ((1000,), (4096, 0), (4097,), (768, 1020), (0,))] == [8, 16, 1, 4, 16]
