@@ -182,7 +182,7 @@ def _no_repeat_ngram_ban_kernel(
         SIZE,
     )
     scores_ptr += row * scores_row_stride
-    minus_infinity = tl.full([BLOCK], float("-inf"), scores_ptr.dtype.element_ty)
+    minus_infinity = tl.full([BLOCK], float("-inf"), tl.float32).to(scores_ptr.dtype.element_ty)
     start = tl.program_id(1).to(tl.int64) * BLOCK
     step = tl.num_programs(1).to(tl.int64) * BLOCK
     for first in range(start, windows, step):
@@ -253,7 +253,7 @@ def _no_repeat_ngram_copy_kernel(
     tl.store(out_ptr + cols, scores, mask=cols_mask)
     # A ban below may be written by another thread of this program than the copy of the same score.
     tl.debug_barrier()
-    minus_infinity = tl.full([BLOCK], float("-inf"), out_ptr.dtype.element_ty)
+    minus_infinity = tl.full([BLOCK], float("-inf"), tl.float32).to(out_ptr.dtype.element_ty)
     for first in range(tl.full([], 0, tl.int64), windows, tl.full([], BLOCK, tl.int64)):
         token, banned = _matching_tokens(
             text_ptr, text_col_stride, ending_ptr, ids_col_stride, windows, first, n, lowest, highest, SIZE, BLOCK

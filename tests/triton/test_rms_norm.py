@@ -177,6 +177,7 @@ def test_kernels_compile_for_every_target(
                 {**shape, **tile, **flags, **absent},
                 num_warps=blocks.warps,
                 targets=(target,),
-                # Rows that are read number by number, or are twice as wide as registers hold with ease, may spill a little.
-                spill_allowed=0 if dim % 8 == 0 and dim <= 8192 else 160,
+                # Rows that are read number by number, or are twice as wide as registers hold with ease, may spill a little;
+                # at 8192 float32 Triton 3.7 spills 8 bytes where 3.9 spills none.
+                spill_allowed=(8 if dim == 8192 else 0) if dim % 8 == 0 and dim <= 8192 else 160,
             )
