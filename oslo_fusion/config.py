@@ -40,8 +40,9 @@ class FusionConfig:
         enable: fuse. ``False`` leaves the model untouched, as in OSLO.
         memory_efficient_fusion: AOT Autograd instead of TorchScript. This version has no AOT room: the plan says so
             in a row and uses TorchScript.
-        custom_cuda_kernels: kernels to use beside the rest: ``FusedNoRepeatNGram`` for n-gram blocking in ``generate``;
-            ``("all",)`` for all. The plan refuses by name what this version does not have.
+        custom_cuda_kernels: kernels to use beside the rest: ``FusedRMSNorm`` and ``FusedLayerNorm`` for norms,
+            ``FusedNoRepeatNGram`` for n-gram blocking in ``generate``; ``("all",)`` for all. The plan refuses by name
+            what this version does not have.
         autotune: ``off`` takes every fusion that is correct; ``cached`` takes those measured to be faster on this
             device, each measured once per process; ``full`` measures again.
         verify: run the model on a sample input before and after, and put the difference into the report.

@@ -76,7 +76,7 @@ def signature(module: nn.Module) -> Hashable:
 def _identity(value: object) -> Hashable:
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
         return value
-    return getattr(value, "__qualname__", None) or id(value)  # a function; or a config object, which layers share
+    return id(value)  # a config object or a function, which layers share; two closures of one name are two functions
 
 
 def placement(module: nn.Module) -> tuple[torch.device, torch.dtype] | None:

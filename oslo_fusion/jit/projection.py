@@ -54,7 +54,7 @@ class PaddedProjection(nn.Module):
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         weight, bias = self.weight, getattr(self, "bias", None)
         assert isinstance(weight, Tensor)
-        mode = "training" if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad) else "inference"
+        mode = "training" if _wants_gradient(x, weight, bias) else "inference"
         rows = x.numel() // x.shape[-1] if x.dim() else 0
         if device != settings["device"] or dtype not in settings[mode] or rows < settings["min_rows"]:
             return super().forward(x)
@@ -62,6 +62,10 @@ class PaddedProjection(nn.Module):
             return super().forward(x)
         matrix = weight if settings["out_first"] else weight.t()
         return padded_linear(x.to(dtype), matrix.to(dtype), bias.to(dtype) if isinstance(bias, Tensor) else None)
+
+
+def _wants_gradient(*tensors: object) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 def padded_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -78,7 +82,7 @@ def padded_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     width = weight.shape[0]
     missing = -width % ALIGNMENT
     weight, bias = F.pad(weight, (0, 0, 0, missing)), None if bias is None else F.pad(bias, (0, missing))
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if _wants_gradient(x, weight, bias):
         return F.linear(x, weight, bias)[..., :width].contiguous()
     return _in_chunks(x.reshape(-1, x.shape[-1]), weight.t(), bias, width).view(*x.shape[:-1], width)
 

@@ -38,6 +38,17 @@ def test_padded_linear_obeys_the_law(width: int, dtype: torch.dtype, device: str
         assert y.shape == (3, 17, width)
 
 
+def test_a_bias_may_be_all_that_is_trained() -> None:
+    linear, plain = nn.Linear(16, 1027), nn.Linear(16, 1027)
+    plain.load_state_dict(linear.state_dict())
+    surgery.swap(linear, PaddedProjection, settings("cpu"))
+    x = torch.randn(8, 16)
+    for module in (linear, plain):
+        module.weight.requires_grad_(False)
+        module(x).square().sum().backward()
+    torch.testing.assert_close(linear.bias.grad, plain.bias.grad)
+
+
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("rows", [1, 511, 512, 513, 1300])
 def test_inference_in_chunks_is_the_whole(rows: int, biased: bool) -> None:

@@ -167,6 +167,27 @@ def test_wiring_is_recognised_under_any_names() -> None:
     assert rows["added.bend"].outcome == "refused"
 
 
+class Called(nn.Module):
+    """Keeps what it computes in an attribute, as transformers' GELU does."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+def test_two_functions_of_one_name_are_two_functions() -> None:
+    def closure(scale: float) -> Any:
+        return lambda x: x * torch.sigmoid(scale * (x + 0.044715 * x**3))
+
+    model = nn.Sequential(nn.Linear(4, 4), Called(closure(1.5957691216057308)), Called(closure(1.0)))
+    rows = {row.site.path: row for row in oslo_fusion.plan(model, OFF).proposals}
+    assert rows["1"].outcome == "fused"
+    assert rows["2"].outcome == "refused"
+
+
 @pytest.mark.usefixtures("fuser_pretended")
 def test_residual_dropout_is_random_in_training_and_off_in_eval() -> None:
     model = nn.ModuleDict({"r": ResidualWithBoth()})
