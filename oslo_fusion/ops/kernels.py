@@ -27,18 +27,22 @@ def find_kernels(operation: str) -> ModuleType | None:
         return None
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record an operation on these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether a kernel may be launched on these tensors without passing through torch's dispatcher.
 
-    True in plain eager code where no gradient is wanted. The dispatcher with its autograd key costs several µs a call, as much
-    as a small norm takes on the device, and would do nothing. False for anything that needs it: gradients, tensor subclasses,
+    True in plain eager code: the dispatcher costs several µs a call, and a gradient registered with ``torch.library`` hundreds,
+    where an ``autograd.Function`` around the launch costs 15. False for anything that needs the dispatcher: tensor subclasses,
     fake tensors, tracing, functorch transforms, forward-mode differentiation.
     """
-    gradients = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is not None:
             kind = type(tensor)
-            if (kind is not Tensor and kind is not nn.Parameter) or (gradients and tensor.requires_grad):
+            if kind is not Tensor and kind is not nn.Parameter:
                 return False
     return (
         torch._C._len_torch_dispatch_stack() == 0

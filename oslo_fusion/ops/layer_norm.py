@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from oslo_fusion.errors import ConfigError
-from oslo_fusion.ops.kernels import find_kernels, is_plain
+from oslo_fusion.ops.kernels import find_kernels, is_plain, wants_gradient
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -287,19 +287,28 @@ for _name, _fake in ((_NORM, _norm_fake), (_ADD_NORM, _add_norm_fake), (_BACKWAR
 
 
 def _gradients(
-    ctx: Any, dy: Tensor | None, ds: Tensor | None, weight_wanted: bool, bias_wanted: bool
+    dy: Tensor | None,
+    ds: Tensor | None,
+    saved: tuple[Tensor, ...],
+    eps: float,
+    weight_offset: float,
+    weight_wanted: bool,
+    bias_wanted: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of ``s``, ``weight`` and ``bias`` from those of ``y`` and ``s``, None where nothing arrives."""
-    s, weight, bias, mean, rstd = ctx.saved_tensors
+    s, weight, bias, mean, rstd = saved
     if dy is None:
         return ds, None, None
     backward: Callable[..., Any] = LAYER_NORM_BACKWARD
     if (
         torch.is_grad_enabled()
     ):  # create_graph: only plain PyTorch can be differentiated once more, through mean and rstd as well
-        mean, rstd = _moments(s, ctx.eps)
+        mean, rstd = _moments(s, eps)
         backward = layer_norm_backward_reference
-    dx, dweight, dbias = backward(dy, ds, s, weight, bias, mean, rstd, ctx.weight_offset, weight_wanted, bias_wanted)
+    elif s.is_cuda and is_plain(dy, ds, s, weight, bias):
+        kernels = find_kernels("layer_norm")
+        backward = backward if kernels is None else kernels.launch_layer_norm_backward
+    dx, dweight, dbias = backward(dy, ds, s, weight, bias, mean, rstd, weight_offset, weight_wanted, bias_wanted)
     return dx, dweight if weight_wanted else None, dbias if bias_wanted else None
 
 
@@ -312,7 +321,8 @@ def _norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _norm_backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    return *_gradients(ctx, dy, None, *ctx.needs_input_grad[1:3]), None, None, None
+    wanted = ctx.needs_input_grad[1:3]
+    return *_gradients(dy, None, ctx.saved_tensors, ctx.eps, ctx.weight_offset, *wanted), None, None, None
 
 
 def _add_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -325,7 +335,8 @@ def _add_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 
 def _add_norm_backward(ctx: Any, dy: Tensor | None, ds: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    d, dweight, dbias = _gradients(ctx, dy, ds, *ctx.needs_input_grad[2:4])
+    wanted = ctx.needs_input_grad[2:4]
+    d, dweight, dbias = _gradients(dy, ds, ctx.saved_tensors, ctx.eps, ctx.weight_offset, *wanted)
     dx, dresidual = (None, None) if d is None else (d.to(ctx.x_dtype), d.to(ctx.residual_dtype))
     return dx, dresidual, dweight, dbias, None, None, None
 
@@ -336,6 +347,38 @@ torch.library.register_autograd(f"oslo_fusion::{_ADD_NORM}", _add_norm_backward,
 LAYER_NORM = torch.ops.oslo_fusion.layer_norm.default
 ADD_LAYER_NORM = torch.ops.oslo_fusion.add_layer_norm.default
 LAYER_NORM_BACKWARD = torch.ops.oslo_fusion.layer_norm_backward.default
+
+
+class _Norm(torch.autograd.Function):
+    """The operators and their gradient for plain eager code on a GPU: launches, and nothing between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        weight_offset: float,
+        out_dtype: torch.dtype | None,
+    ) -> Any:
+        kernels = find_kernels("layer_norm")
+        assert kernels is not None
+        y, s, mean, rstd = kernels.launch_layer_norm(x, weight, bias, residual, eps, weight_offset, out_dtype)
+        ctx.save_for_backward(s, weight, bias, mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.eps, ctx.weight_offset = eps, weight_offset
+        ctx.dtypes = x.dtype, x.dtype if residual is None else residual.dtype
+        return y if residual is None else (y, s)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None = None) -> Any:
+        x_wanted, residual_wanted, *wanted = ctx.needs_input_grad[:4]
+        d, dweight, dbias = _gradients(dy, ds, ctx.saved_tensors, ctx.eps, ctx.weight_offset, *wanted)
+        dx = d.to(ctx.dtypes[0]) if x_wanted and d is not None else None
+        dresidual = d.to(ctx.dtypes[1]) if residual_wanted and d is not None else None
+        return dx, dresidual, dweight, dbias, None, None, None
 
 
 def layer_norm(
@@ -368,9 +411,12 @@ def layer_norm(
     Raises:
         ConfigError: a shape, dtype, device or eps that has no meaning here.
     """
-    if not torch.compiler.is_compiling() and x.is_cuda and is_plain(x, weight, bias, residual):
+    if x.is_cuda and not torch.compiler.is_compiling() and is_plain(x, weight, bias, residual):
         kernels = find_kernels("layer_norm")
         if kernels is not None:
+            if wants_gradient(x, weight, bias, residual):
+                result: Tensor | tuple[Tensor, Tensor] = _Norm.apply(x, residual, weight, bias, eps, weight_offset, out_dtype)
+                return result
             y, s, _, _ = kernels.launch_layer_norm(x, weight, bias, residual, eps, weight_offset, out_dtype)
             return y if residual is None else (y, s)
     if residual is None:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from oslo_fusion import extension
 from oslo_fusion.errors import ConfigError, ExtensionError
-from oslo_fusion.ops.kernels import find_kernels, is_plain
+from oslo_fusion.ops.kernels import find_kernels, is_plain, wants_gradient
 
 NAME = "no_repeat_ngram"
 KERNELS = ("auto", "triton", "cuda")
@@ -312,7 +312,7 @@ def _run(
         operator_, operator = _operators(kernel)  # what is loaded cannot be asked while tracing: the operator asks when it runs
     else:
         operator_, operator, plain_, plain = _functions(scores.device.type, kernel)
-        if plain is not operator and is_plain(scores, ids, source):
+        if plain is not operator and not wants_gradient(scores) and is_plain(scores, ids, source):
             operator_, operator = plain_, plain
     if in_place:
         operator_(scores, ids, source, size, row_sizes, length, device_length)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from oslo_fusion.errors import ConfigError
-from oslo_fusion.ops.kernels import find_kernels, is_plain
+from oslo_fusion.ops.kernels import find_kernels, is_plain, wants_gradient
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -246,15 +246,24 @@ for _name, _fake in ((_NORM, _norm_fake), (_ADD_NORM, _add_norm_fake), (_BACKWAR
 # --- the gradient ------------------------------------------------------------------------------------------------------------
 
 
-def _gradients(ctx: Any, dy: Tensor | None, ds: Tensor | None, weight_wanted: bool) -> tuple[Tensor | None, Tensor | None]:
+def _gradients(
+    dy: Tensor | None,
+    ds: Tensor | None,
+    saved: tuple[Tensor, ...],
+    eps: float,
+    weight_offset: float,
+    weight_wanted: bool,
+) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of ``s`` and ``weight`` from those of ``y`` and ``s``, None where nothing arrives."""
-    s, weight, rstd = ctx.saved_tensors
+    s, weight, rstd = saved
     if dy is None:
         return ds, None
     if torch.is_grad_enabled():  # create_graph: only plain PyTorch can be differentiated once more, through rstd as well
-        dx, dweight = rms_norm_backward_reference(dy, ds, s, weight, _reciprocal(s, ctx.eps), ctx.weight_offset, weight_wanted)
+        dx, dweight = rms_norm_backward_reference(dy, ds, s, weight, _reciprocal(s, eps), weight_offset, weight_wanted)
     else:
-        dx, dweight = RMS_NORM_BACKWARD(dy, ds, s, weight, rstd, ctx.weight_offset, weight_wanted)
+        kernels = find_kernels("rms_norm") if s.is_cuda and is_plain(dy, ds, s, weight) else None
+        backward = RMS_NORM_BACKWARD if kernels is None else kernels.launch_rms_norm_backward
+        dx, dweight = backward(dy, ds, s, weight, rstd, weight_offset, weight_wanted)
     return dx, dweight if weight_wanted else None
 
 
@@ -266,7 +275,7 @@ def _norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _norm_backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    dx, dweight = _gradients(ctx, dy, None, ctx.needs_input_grad[1])
+    dx, dweight = _gradients(dy, None, ctx.saved_tensors, ctx.eps, ctx.weight_offset, ctx.needs_input_grad[1])
     return dx, dweight, None, None, None
 
 
@@ -279,7 +288,7 @@ def _add_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 
 
 def _add_norm_backward(ctx: Any, dy: Tensor | None, ds: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    d, dweight = _gradients(ctx, dy, ds, ctx.needs_input_grad[2])
+    d, dweight = _gradients(dy, ds, ctx.saved_tensors, ctx.eps, ctx.weight_offset, ctx.needs_input_grad[2])
     if d is None:
         return None, None, dweight, None, None, None
     return d.to(ctx.x_dtype), d.to(ctx.residual_dtype), dweight, None, None, None
@@ -291,6 +300,37 @@ torch.library.register_autograd(f"oslo_fusion::{_ADD_NORM}", _add_norm_backward,
 RMS_NORM = torch.ops.oslo_fusion.rms_norm.default
 ADD_RMS_NORM = torch.ops.oslo_fusion.add_rms_norm.default
 RMS_NORM_BACKWARD = torch.ops.oslo_fusion.rms_norm_backward.default
+
+
+class _Norm(torch.autograd.Function):
+    """The operators and their gradient for plain eager code on a GPU: launches, and nothing between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        eps: float,
+        weight_offset: float,
+        out_dtype: torch.dtype | None,
+    ) -> Any:
+        kernels = find_kernels("rms_norm")
+        assert kernels is not None
+        y, s, rstd = kernels.launch_rms_norm(x, weight, residual, eps, weight_offset, out_dtype)
+        ctx.save_for_backward(s, weight, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.eps, ctx.weight_offset = eps, weight_offset
+        ctx.dtypes = x.dtype, x.dtype if residual is None else residual.dtype
+        return y if residual is None else (y, s)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None = None) -> Any:
+        x_wanted, residual_wanted, weight_wanted, *_ = ctx.needs_input_grad
+        d, dweight = _gradients(dy, ds, ctx.saved_tensors, ctx.eps, ctx.weight_offset, weight_wanted)
+        dx = d.to(ctx.dtypes[0]) if x_wanted and d is not None else None
+        dresidual = d.to(ctx.dtypes[1]) if residual_wanted and d is not None else None
+        return dx, dresidual, dweight, None, None, None
 
 
 def rms_norm(
@@ -320,9 +360,12 @@ def rms_norm(
     Raises:
         ConfigError: a shape, dtype, device or eps that has no meaning here.
     """
-    if not torch.compiler.is_compiling() and x.is_cuda and is_plain(x, weight, residual):
+    if x.is_cuda and not torch.compiler.is_compiling() and is_plain(x, weight, residual):
         kernels = find_kernels("rms_norm")
         if kernels is not None:
+            if wants_gradient(x, weight, residual):
+                result: Tensor | tuple[Tensor, Tensor] = _Norm.apply(x, residual, weight, eps, weight_offset, out_dtype)
+                return result
             y, s, _ = kernels.launch_rms_norm(x, weight, residual, eps, weight_offset, out_dtype)
             return y if residual is None else (y, s)
     if residual is None:

@@ -28,6 +28,7 @@ from oslo_fusion.ops.layer_norm import (
     register_kernels,
     result_dtypes,
 )
+from oslo_fusion.triton.launch import Kernel
 from oslo_fusion.triton.rows import (
     REGISTER_COLUMNS,
     RowBlocks,
@@ -44,7 +45,7 @@ from oslo_fusion.triton.rows import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_row_units", "residual_row_units", "num_rows", "eps"])
 def _layer_norm_fwd_kernel(
     x_ptr,
     residual_ptr,
@@ -94,7 +95,7 @@ def _layer_norm_fwd_kernel(
     tl.store(y_ptr + (rows * DIM)[:, None] + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dy_row_units", "ds_row_units", "s_row_units", "num_rows"])
 def _layer_norm_bwd_kernel(
     dy_ptr,
     ds_ptr,
@@ -167,6 +168,9 @@ def _layer_norm_bwd_kernel(
         tl.store(partials_ptr + partial, tl.sum(dbias, axis=0)[None, :], mask=cols_mask)
 
 
+_FORWARD, _BACKWARD = Kernel(_layer_norm_fwd_kernel), Kernel(_layer_norm_bwd_kernel)
+
+
 def launch_layer_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -196,28 +200,30 @@ def launch_layer_norm(
     if blocks is None:
         blocks = forward_blocks(dim, x.element_size(), num_rows <= 2 * device_facts(x)[0])
     with on_device(x):
-        _layer_norm_fwd_kernel[(-(-num_rows // blocks.rows),)](
-            rows,
-            residual_rows,
-            None if weight is None else weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            y,
-            None if residual is None else s,
-            mean,
-            rstd,
-            stride // unit,
-            residual_stride // unit,
-            num_rows,
-            eps,
-            DIM=dim,
-            UNIT=unit,
-            WEIGHT_OFFSET=weight_offset,
-            HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None,
-            HAS_RESIDUAL=residual is not None,
-            ROWS=blocks.rows,
-            BLOCK=blocks.columns,
-            num_warps=blocks.warps,
+        _FORWARD(
+            (-(-num_rows // blocks.rows),),
+            (
+                rows,
+                residual_rows,
+                None if weight is None else weight.contiguous(),
+                None if bias is None else bias.contiguous(),
+                y,
+                None if residual is None else s,
+                mean,
+                rstd,
+            ),
+            (stride // unit, residual_stride // unit, num_rows, float(eps)),
+            (
+                dim,
+                unit,
+                weight_offset,
+                weight is not None,
+                bias is not None,
+                residual is not None,
+                blocks.rows,
+                blocks.columns,
+            ),
+            blocks.warps,
         )
     return y, s, mean, rstd
 
@@ -263,30 +269,32 @@ def launch_layer_norm_backward(
     programs = blocks.programs or -(-num_rows // blocks.rows)
     partials = torch.empty((len(sums), programs, dim), dtype=torch.float32, device=s.device) if together else None
     with on_device(s):
-        _layer_norm_bwd_kernel[(programs,)](
-            dy_rows,
-            ds_rows,
-            s_rows,
-            None if weight is None else weight.contiguous(),
-            mean,
-            rstd,
-            dx,
-            partials,
-            dy_stride // unit,
-            ds_stride // unit,
-            s_stride // unit,
-            num_rows,
-            DIM=dim,
-            UNIT=unit,
-            WEIGHT_OFFSET=weight_offset,
-            HAS_WEIGHT=weight is not None,
-            HAS_DS=ds is not None,
-            WEIGHT_GRADIENT=together and dweight.numel() > 0,
-            BIAS_GRADIENT=together and dbias.numel() > 0,
-            ROWS=blocks.rows,
-            BLOCK=blocks.columns,
-            STAGES=blocks.stages,
-            num_warps=blocks.warps,
+        _BACKWARD(
+            (programs,),
+            (
+                dy_rows,
+                ds_rows,
+                s_rows,
+                None if weight is None else weight.contiguous(),
+                mean,
+                rstd,
+                dx,
+                partials,
+            ),
+            (dy_stride // unit, ds_stride // unit, s_stride // unit, num_rows),
+            (
+                dim,
+                unit,
+                weight_offset,
+                weight is not None,
+                ds is not None,
+                together and dweight.numel() > 0,
+                together and dbias.numel() > 0,
+                blocks.rows,
+                blocks.columns,
+                blocks.stages,
+            ),
+            blocks.warps,
         )
         if sums and partials is None:
             partials = weight_sums(dy_rows, s_rows, mean, rstd, dweight.numel() > 0, dbias.numel() > 0)

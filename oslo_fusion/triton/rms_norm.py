@@ -27,6 +27,7 @@ from oslo_fusion.ops.rms_norm import (
     rms_norm_backward_reference,
     rms_norm_reference,
 )
+from oslo_fusion.triton.launch import Kernel
 from oslo_fusion.triton.rows import (
     REGISTER_COLUMNS,
     RowBlocks,
@@ -42,7 +43,7 @@ from oslo_fusion.triton.rows import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_row_units", "residual_row_units", "num_rows", "eps"])
 def _rms_norm_fwd_kernel(
     x_ptr,
     residual_ptr,
@@ -84,7 +85,7 @@ def _rms_norm_fwd_kernel(
     tl.store(y_ptr + (rows * DIM)[:, None] + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dy_row_units", "ds_row_units", "s_row_units", "num_rows"])
 def _rms_norm_bwd_kernel(
     dy_ptr,
     ds_ptr,
@@ -151,6 +152,9 @@ def _rms_norm_bwd_kernel(
         tl.store(partials_ptr + program.to(tl.int64) * DIM + cols, sums, mask=cols_mask)
 
 
+_FORWARD, _BACKWARD = Kernel(_rms_norm_fwd_kernel), Kernel(_rms_norm_bwd_kernel)
+
+
 def launch_rms_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -178,25 +182,19 @@ def launch_rms_norm(
     if blocks is None:
         blocks = forward_blocks(dim, x.element_size(), num_rows <= 2 * device_facts(x)[0])
     with on_device(x):
-        _rms_norm_fwd_kernel[(-(-num_rows // blocks.rows),)](
-            rows,
-            residual_rows,
-            None if weight is None else weight.contiguous(),
-            y,
-            None if residual is None else s,
-            rstd,
-            stride // unit,
-            residual_stride // unit,
-            num_rows,
-            eps,
-            DIM=dim,
-            UNIT=unit,
-            WEIGHT_OFFSET=weight_offset,
-            HAS_WEIGHT=weight is not None,
-            HAS_RESIDUAL=residual is not None,
-            ROWS=blocks.rows,
-            BLOCK=blocks.columns,
-            num_warps=blocks.warps,
+        _FORWARD(
+            (-(-num_rows // blocks.rows),),
+            (
+                rows,
+                residual_rows,
+                None if weight is None else weight.contiguous(),
+                y,
+                None if residual is None else s,
+                rstd,
+            ),
+            (stride // unit, residual_stride // unit, num_rows, float(eps)),
+            (dim, unit, weight_offset, weight is not None, residual is not None, blocks.rows, blocks.columns),
+            blocks.warps,
         )
     return y, s, rstd
 
@@ -235,29 +233,31 @@ def launch_rms_norm_backward(
     programs = blocks.programs or -(-num_rows // blocks.rows)
     partials = torch.empty((1, programs, dim), dtype=torch.float32, device=s.device) if weight_gradient else None
     with on_device(s):
-        _rms_norm_bwd_kernel[(programs,)](
-            dy_rows,
-            ds_rows,
-            s_rows,
-            None if weight is None else weight.contiguous(),
-            rstd.contiguous(),
-            dx,
-            partials,
-            dy_stride // unit,
-            ds_stride // unit,
-            s_stride // unit,
-            num_rows,
-            DIM=dim,
-            UNIT=unit,
-            WEIGHT_OFFSET=weight_offset,
-            HAS_WEIGHT=weight is not None,
-            HAS_DS=ds is not None,
-            WEIGHT_GRADIENT=weight_gradient,
-            ROWS=blocks.rows,
-            BLOCK=blocks.columns,
-            STAGES=blocks.stages,
-            RELOAD=dim > REGISTER_COLUMNS,
-            num_warps=blocks.warps,
+        _BACKWARD(
+            (programs,),
+            (
+                dy_rows,
+                ds_rows,
+                s_rows,
+                None if weight is None else weight.contiguous(),
+                rstd.contiguous(),
+                dx,
+                partials,
+            ),
+            (dy_stride // unit, ds_stride // unit, s_stride // unit, num_rows),
+            (
+                dim,
+                unit,
+                weight_offset,
+                weight is not None,
+                ds is not None,
+                weight_gradient,
+                blocks.rows,
+                blocks.columns,
+                blocks.stages,
+                dim > REGISTER_COLUMNS,
+            ),
+            blocks.warps,
         )
         if partials is not None:
             column_sums(partials, dweight)

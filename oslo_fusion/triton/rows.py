@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from oslo_fusion.triton.launch import Kernel
+
 MAX_COLUMNS = 16384  # a wider row does not fit into the registers of 16 warps; 32 would be no block on an AMD GPU
 REGISTER_COLUMNS = 8192  # up to here a thread holds 16 numbers of each tensor, and all that a backward needs stays in registers
 _MAX_WARPS = 16
@@ -153,7 +155,7 @@ def stride_unit(*strides: int) -> int:
     return math.gcd(16, *strides)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_partials"])
 def _column_sums_kernel(
     partials_ptr,
     first_ptr,
@@ -179,6 +181,9 @@ def _column_sums_kernel(
         tl.store(second_ptr + cols, result.to(second_ptr.dtype.element_ty), mask=cols_mask)
 
 
+_COLUMN_SUMS = Kernel(_column_sums_kernel)
+
+
 def column_sums(partials: Tensor, first: Tensor, second: Tensor | None = None) -> None:
     """Sum what every program left behind, always in the same order: the second stage of weight gradients.
 
@@ -189,12 +194,10 @@ def column_sums(partials: Tensor, first: Tensor, second: Tensor | None = None) -
     """
     kinds, programs, dim = partials.shape
     # 32 columns are one 128-byte line of each row of partial sums, and enough programs to fill the device from 4096 columns on.
-    _column_sums_kernel[(-(-dim // 32), kinds)](
-        partials, first, first if second is None else second, programs, DIM=dim, ROWS=128, BLOCK=32, num_warps=8
-    )
+    _COLUMN_SUMS((-(-dim // 32), kinds), (partials, first, first if second is None else second), (programs,), (dim, 128, 32), 8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dy_row_units", "s_row_units", "num_rows"])
 def _weight_sums_kernel(
     dy_ptr,
     s_ptr,
@@ -237,6 +240,9 @@ def _weight_sums_kernel(
         tl.store(partial_ptrs, tl.sum(dbias, axis=0)[None, :], mask=cols_mask)
 
 
+_WEIGHT_SUMS = Kernel(_weight_sums_kernel)
+
+
 def weight_sums(dy: Tensor, s: Tensor, mean: Tensor, rstd: Tensor, weight_gradient: bool, bias_gradient: bool) -> Tensor:
     """Partial sums of a layer norm's weight and bias gradients by columns, for rows whose sums do not fit into registers.
 
@@ -254,22 +260,11 @@ def weight_sums(dy: Tensor, s: Tensor, mean: Tensor, rstd: Tensor, weight_gradie
     columns = -(-dim // block)
     programs = max(1, min(-(-num_rows // rows), 4 * device_facts(s)[0] // columns))
     partials = torch.empty((weight_gradient + bias_gradient, programs, dim), dtype=torch.float32, device=s.device)
-    _weight_sums_kernel[(columns, programs)](
-        dy_rows,
-        s_rows,
-        mean,
-        rstd,
-        partials,
-        dy_stride // unit,
-        s_stride // unit,
-        num_rows,
-        DIM=dim,
-        UNIT=unit,
-        WEIGHT_GRADIENT=weight_gradient,
-        BIAS_GRADIENT=bias_gradient,
-        ROWS=rows,
-        BLOCK=block,
-        STAGES=3,
-        num_warps=8,
+    _WEIGHT_SUMS(
+        (columns, programs),
+        (dy_rows, s_rows, mean, rstd, partials),
+        (dy_stride // unit, s_stride // unit, num_rows),
+        (dim, unit, weight_gradient, bias_gradient, rows, block, 3),
+        8,
     )
     return partials

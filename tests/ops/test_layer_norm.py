@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oslo_fusion.errors import ConfigError
-from oslo_fusion.ops.layer_norm import ADD_LAYER_NORM, LAYER_NORM, LAYER_NORM_BACKWARD, layer_norm
+from oslo_fusion.ops.layer_norm import ADD_LAYER_NORM, LAYER_NORM, LAYER_NORM_BACKWARD, _Norm, layer_norm
 from oslo_fusion.ops.row_cases import ROW_CASES, drawer
 from oslo_fusion.probe import prove
 from oslo_fusion.testing import assert_close_to_reference
@@ -119,6 +119,15 @@ def test_gradients_twice_and_of_one_output_only(device: str) -> None:
     layer_norm(leaf, frozen, eps=EPS).sum().backward()
     assert leaf.grad is not None
     assert frozen.grad is None
+
+
+def test_the_eager_function_has_the_same_gradients_twice() -> None:
+    pytest.importorskip("triton")
+    draw = drawer(torch.float64)
+    x, residual, weight, bias = (t.requires_grad_() for t in (draw(3, 7), draw(3, 7), draw(7), draw(7)))
+    assert torch.autograd.gradgradcheck(lambda x, w, b: _Norm.apply(x, None, w, b, EPS, 1.0, None), (x, weight, bias))
+    assert torch.autograd.gradgradcheck(lambda *a: _Norm.apply(*a, EPS, 0.0, None), (x, residual, weight, bias))
+    assert torch.autograd.gradcheck(lambda x, r: _Norm.apply(x, r, weight.detach(), None, EPS, 0.0, None)[1], (x, residual))
 
 
 def test_torch_compile_takes_it_whole() -> None:

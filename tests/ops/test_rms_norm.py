@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from oslo_fusion.errors import ConfigError
-from oslo_fusion.ops.rms_norm import ADD_RMS_NORM, RMS_NORM, RMS_NORM_BACKWARD, rms_norm
+from oslo_fusion.ops.rms_norm import ADD_RMS_NORM, RMS_NORM, RMS_NORM_BACKWARD, _Norm, rms_norm
 from oslo_fusion.ops.row_cases import ROW_CASES, drawer
 from oslo_fusion.probe import prove
 from oslo_fusion.testing import assert_close_to_reference
@@ -123,6 +123,22 @@ def test_gradients_twice_and_of_one_output_only(device: str) -> None:
     rms_norm(leaf, frozen, eps=EPS).sum().backward()
     assert leaf.grad is not None
     assert frozen.grad is None
+
+
+def test_the_eager_function_has_the_same_gradients_twice() -> None:
+    pytest.importorskip("triton")
+    draw = drawer(torch.float64)
+    x, residual, weight = (t.requires_grad_() for t in (draw(3, 7), draw(3, 7), draw(7)))
+    assert torch.autograd.gradgradcheck(lambda x, w: _Norm.apply(x, None, w, EPS, 1.0, None), (x, weight))
+    assert torch.autograd.gradgradcheck(lambda *a: _Norm.apply(*a, EPS, 0.0, None), (x, residual, weight))
+    assert torch.autograd.gradcheck(lambda x, r: _Norm.apply(x, r, weight.detach(), EPS, 0.0, None)[1], (x, residual))
+    half = draw(2, 4).bfloat16().requires_grad_()
+    wide = draw(2, 4).requires_grad_()
+    y, s = _Norm.apply(half, wide, None, EPS, 0.0, None)
+    (y + s).sum().backward()
+    assert half.grad is not None
+    assert wide.grad is not None
+    assert (half.grad.dtype, wide.grad.dtype) == (torch.bfloat16, torch.float64)
 
 
 def test_torch_compile_takes_it_whole() -> None:

@@ -1,0 +1,71 @@
+"""Launches a kernel again without asking triton what to compile.
+
+Triton's own launch inspects every argument, each time. In eager training that is a large part of what a small norm costs. What
+the compiler looks at is known here: the dtypes of the tensors, whether their memory is aligned to 16 bytes, and the constants.
+So the compiled kernel is kept under these.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+_ALIGNMENT = 16
+_WIDE = 1 << 31
+_HIP = torch.version.hip is not None
+
+
+class Kernel:
+    """A jitted kernel whose parameters are, in this order: pointers, numbers, constants.
+
+    Numbers must stand in the kernel's ``do_not_specialize``: otherwise triton compiles another kernel for the value 1 and for
+    multiples of 16, which is not noticed here.
+
+    Args:
+        jitted: what ``triton.jit`` made.
+    """
+
+    def __init__(self, jitted: Any) -> None:
+        self.jitted = jitted
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+        if isinstance(jitted, triton.runtime.JITFunction):
+            loose = [p.name for p in jitted.params if not p.is_constexpr and not p.do_not_specialize and "_ptr" not in p.name]
+            assert not loose, f"{jitted.__name__}: {loose} must stand in do_not_specialize"
+
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        pointers: tuple[Tensor | None, ...],
+        numbers: tuple[float, ...],
+        constants: tuple[Any, ...],
+        num_warps: int,
+    ) -> None:
+        """Launch on the current device and stream.
+
+        Args:
+            grid: up to three numbers of programs.
+            pointers: tensors, or None where the constants say that there is none.
+            numbers: int or float arguments.
+            constants: values of the ``tl.constexpr`` parameters.
+            num_warps: warps per program.
+        """
+        first = pointers[0]
+        assert first is not None
+        if not first.is_cuda:
+            self.jitted[grid](*pointers, *numbers, *constants, num_warps=num_warps)
+            return
+        device = torch._C._cuda_getDevice()
+        kinds: list[Any] = [None if p is None else (p.dtype, p.data_ptr() % _ALIGNMENT == 0) for p in pointers]
+        if _HIP:  # there triton also looks whether offsets into the tensor fit into 32 bits
+            kinds += [p is not None and p.untyped_storage().size() < _WIDE for p in pointers]
+        widths = [float if type(n) is float else -_WIDE <= n < _WIDE for n in numbers]
+        key = (device, num_warps, constants, *kinds, *widths)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            self._compiled[key] = self.jitted[grid](*pointers, *numbers, *constants, num_warps=num_warps)
+            return
+        grid = (*grid, 1, 1)[:3]
+        compiled[grid](*pointers, *numbers, *constants, stream=torch._C._cuda_getCurrentRawStream(device))

@@ -1,0 +1,53 @@
+"""A kernel that is launched again is the one that its arguments need."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from oslo_fusion.ops.rms_norm import rms_norm, rms_norm_reference  # noqa: E402
+from oslo_fusion.triton import layer_norm, rows  # noqa: E402
+from oslo_fusion.triton import rms_norm as kernels  # noqa: E402
+from oslo_fusion.triton.launch import Kernel  # noqa: E402
+
+
+def test_a_number_that_triton_would_specialize_is_refused() -> None:
+    def kernel(x_ptr, count):  # type: ignore[no-untyped-def]
+        pass
+
+    if not isinstance(rows._column_sums_kernel, triton.runtime.JITFunction):
+        pytest.skip("triton was imported for its interpreter")
+    with pytest.raises(AssertionError, match=r"\['count'\]"):
+        Kernel(triton.jit(kernel))
+
+
+def test_every_kernel_takes_pointers_then_numbers_then_constants() -> None:
+    for module in (kernels, layer_norm, rows):
+        for kernel in (value for value in vars(module).values() if isinstance(value, Kernel)):
+            names = kernel.jitted.arg_names
+            kinds = ["pointer" if n.endswith("_ptr") else "constant" if n.isupper() else "number" for n in names]
+            assert kinds == sorted(kinds, key=["pointer", "number", "constant"].index)
+
+
+@pytest.mark.gpu
+def test_alignment_strides_and_counts_do_not_share_a_kernel_wrongly() -> None:
+    dim, eps = 1024, 1e-6
+    weight = torch.randn(dim, device="cuda")
+    for dtype in (torch.float32, torch.bfloat16):
+        storage = torch.randn(4 * 4 * dim, device="cuda", dtype=dtype)
+        for offset in (0, 8, 1, 3, 0):
+            for rows_, stride in ((2, dim), (1, dim), (3, dim + 16), (3, dim + 8), (3, dim + 1), (2, dim)):
+                x = storage.as_strided((rows_, dim), (stride, 1), offset)
+                expected = rms_norm_reference(x, weight, None, eps, 0.0, None)[0]
+                torch.testing.assert_close(rms_norm(x, weight, eps=eps), expected)
+                torch.testing.assert_close(rms_norm(x, weight, eps=0), rms_norm(x, weight, eps=0.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_each_device_has_its_own() -> None:
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        x = torch.randn(5, 768, device=device)
+        torch.testing.assert_close(rms_norm(x, eps=1e-6), rms_norm_reference(x, None, None, 1e-6, 0.0, None)[0])
