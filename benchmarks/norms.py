@@ -4,24 +4,16 @@
     python -m benchmarks.norms --out DIR --sweep    ours only, over tiles: what the heuristics are chosen from
     python -m benchmarks.norms --dry                no GPU: every code path on tiny shapes, with the references
 
-Device time: CUDA events around a burst of calls, divided by their number; inputs rotate over more memory than the L2 cache
-holds, so that every call reads from memory. Providers take turns, and the median over the turns counts. Host time: wall clock
-of a burst on an input so small that the device never is the limit, without a synchronize in between. The roof is a large copy
-measured in the same run: bytes that must move (inputs read once, outputs written once) over its bandwidth.
+How it is measured: :mod:`benchmarks.timing`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
+import functools
 import itertools
-import json
-import platform
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,15 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.timing import copy_bandwidth, device_times, host_time, need_gpu, rotation, within, write
 from oslo_fusion.ops.layer_norm import layer_norm, layer_norm_reference
 from oslo_fusion.ops.rms_norm import rms_norm, rms_norm_reference
 from oslo_fusion.ops.row_cases import drawer
 from oslo_fusion.testing import assert_close_to_reference
 
 EPS = 1e-6
-ROTATION_BYTES = 256 << 20  # several times the 50 MB of an H200's L2
-BURST = 10
-TURNS = 7
 SHAPES = [
     (8, 4096),  # the only one whose host time is measured too
     (32768, 4096),
@@ -124,55 +114,9 @@ def check(op: str, calls: dict[str, Call], width: int, dtype: torch.dtype, devic
         assert_close_to_reference(calls["ours"](*inputs), calls["module"](*inputs), exact(*(t.double() for t in inputs)), op)
 
 
-def device_times(calls: dict[str, Callable[[int], object]], burst: int, turns: int) -> dict[str, float]:
-    """Median device µs of one call. Each function takes the number of the input to use; providers take turns."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        for i in range(3):
-            call(i)
-    for _ in range(turns):
-        for name, call in calls.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            # The burst is queued while the device is busy with this, so that host time is hidden where it is the longer one.
-            torch.cuda._sleep(burst * 400_000)
-            start.record()
-            for i in range(burst):
-                call(i)
-            end.record()
-            end.synchronize()
-            samples[name].append(start.elapsed_time(end) * 1e3 / burst)
-    return {name: statistics.median(times) for name, times in samples.items()}
-
-
-def host_time(call: Callable[[], object], calls: int = 300) -> float:
-    """Wall-clock µs of one call on the host, median of 5 bursts."""
-    samples = []
-    for _ in range(6):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call()
-        samples.append((time.perf_counter() - begin) * 1e6 / calls)
-    torch.cuda.synchronize()
-    return statistics.median(samples[1:])
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second of a large device-to-device copy, read and write counted."""
-    source = torch.empty(1 << 29, dtype=torch.uint8, device=device)
-    targets = [torch.empty_like(source) for _ in range(2)]
-    times = device_times({"copy": lambda i: targets[i % 2].copy_(source)}, 5, 7)
-    return 2 * source.numel() / (times["copy"] * 1e-6)
-
-
 def traffic(rows: int, width: int, itemsize: int, mode: str) -> int:
     """Bytes that must move: forward reads x and writes y; backward reads dy and x and writes dx."""
     return rows * width * itemsize * (2 if mode == "forward" else 5)
-
-
-def rotation(make: Callable[[], Tensor]) -> list[Tensor]:
-    first = make()
-    return [first, *(make() for _ in range(min(BURST, ROTATION_BYTES // (first.numel() * first.element_size()) + 1)))]
 
 
 def measure(op: str, rows: int, width: int, dtype: torch.dtype, device: torch.device, roof: float) -> Iterator[dict[str, Any]]:
@@ -202,7 +146,7 @@ def measure(op: str, rows: int, width: int, dtype: torch.dtype, device: torch.de
     for mode, wrap in (("forward", forward), ("forward+backward", step)):
         size = traffic(rows, width, dtype.itemsize, mode)
         with torch.set_grad_enabled(mode != "forward"):
-            times = device_times({name: wrap(call) for name, call in calls.items()}, BURST, TURNS)
+            times = device_times({name: wrap(call) for name, call in calls.items()})
             hosts = {}
             for name, call in calls.items():
                 if rows == 8:
@@ -285,7 +229,7 @@ def sweep(op: str, rows: int, width: int, dtype: torch.dtype, device: torch.devi
                 print(f"left out {blocks}: {type(error).__name__}: {str(error)[:80]}", file=sys.stderr)
                 continue
             calls[str(blocks)] = call
-        times = device_times(calls, BURST, 3)
+        times = device_times(calls, turns=3)
         ranked = sorted(times.items(), key=lambda item: item[1])
         mine = times[str(chosen)]
         size = rows * width * dtype.itemsize * (2 if kind == "forward" else 3)
@@ -316,12 +260,6 @@ def line(row: dict[str, Any]) -> str:
     return f"{head} {times}  | ours {share:5.1f}% of copy, ×{factor:.2f} of the best peer{host}"
 
 
-def commit() -> str:
-    """The commit that is measured, or ``unknown`` outside a checkout."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def dry() -> None:
     """Checks, providers and the writing of rows on the CPU, with no timing."""
     for op, dtype, (_, width) in itertools.product(("rms_norm", "layer_norm"), (torch.float32, torch.bfloat16), DRY_SHAPES):
@@ -342,45 +280,18 @@ def main() -> None:
     if options.dry:
         dry()
         return
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks.norms times kernels on a GPU, and torch sees no CUDA device here. Without one: --dry")
-    begin = time.perf_counter()
-    device = torch.device("cuda")
+    device = need_gpu("benchmarks.norms")
     roof = copy_bandwidth(device)
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False
-    )
     print(f"{torch.cuda.get_device_name()}: copy {roof / 1e12:.2f} TB/s")
-    results: list[dict[str, Any]] = []
-    left_out: list[str] = []
     shapes, work = (SWEEP_SHAPES, sweep) if options.sweep else (SHAPES, measure)
     ops = options.op or ("rms_norm", "layer_norm")
-    for (rows, width), op, dtype in itertools.product(shapes, ops, (torch.bfloat16, torch.float32)):
-        if time.perf_counter() - begin > options.seconds:
-            left_out.append(f"{op} {rows}×{width} {dtype}")
-            continue
-        for row in work(op, rows, width, dtype, device, roof):
-            results.append(row)
-            print(line(row), flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
-    if left_out:
-        print("left out for lack of time: " + ", ".join(left_out))
+    jobs = (
+        (f"{op} {rows}×{width} {dtype}", functools.partial(work, op, rows, width, dtype, device, roof))
+        for (rows, width), op, dtype in itertools.product(shapes, ops, (torch.bfloat16, torch.float32))
+    )
+    results, left_out = within(options.seconds, jobs, line)
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        record = {
-            "device": torch.cuda.get_device_name(),
-            "driver": driver.stdout.strip(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "commit": commit(),
-            "copy_tb_per_s": round(roof / 1e12, 3),
-            "left_out": left_out,
-            "results": results,
-        }
-        path = options.out / ("norms_sweep.json" if options.sweep else "norms.json")
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(path)
+        write(options.out / ("norms_sweep.json" if options.sweep else "norms.json"), roof, results, left_out)
 
 
 if __name__ == "__main__":
