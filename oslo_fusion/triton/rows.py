@@ -77,8 +77,7 @@ def backward_blocks(
     """How a backward is cut that sums the gradient of the weight on its way.
 
     Each program walks over tiles and keeps its sum in registers, so there are few programs: each costs a row of partial sums,
-    written and read again. 512 threads per multiprocessor in two programs, or one for wide rows, with the next tiles' loads
-    under way in shared memory while a tile is computed.
+    written and read again, with the next tiles' loads under way in shared memory while a tile is computed.
 
     Args:
         dim, itemsize: as in :func:`forward_blocks`.
@@ -88,14 +87,21 @@ def backward_blocks(
         processors: multiprocessors of the device.
         shared: bytes of shared memory that a multiprocessor has.
     """
-    columns = _power_of_two(dim)
-    warps = 8 if columns <= 4096 else _MAX_WARPS
-    rows = max(1, warps * 32 * 16 // columns)
-    per_processor = 2 if warps == 8 else 1
+    columns, wide = _power_of_two(dim), itemsize > 2
     reload = columns > REGISTER_COLUMNS
+    # From a sweep on one H200 (benchmarks/NOTES.md): narrow rows want several programs, wide ones one with a larger tile.
+    if columns <= 1024:
+        warps, elements, per_processor = 4, (1024 if wide else 4096), (4 if wide else 2)
+    elif columns <= 4096:
+        warps, elements, per_processor = 8, (4096 if wide else 8192), 1
+    else:
+        warps, elements, per_processor = _MAX_WARPS, 8192, 1
+    rows = max(1, elements // columns)
     tile = rows * columns * (itemsize * loads + weight_itemsize * reload)
     # A tile less than there are stages waits in shared memory. A little of it is needed for reductions.
     stages = next((stages for stages in (3, 2) if (stages - 1) * tile * per_processor <= shared - 8192), 1)
+    if columns == REGISTER_COLUMNS and wide:
+        stages = 1  # enough bytes are under way without: 204 µs against 210 for 8192×8192
     return RowBlocks(rows, columns, warps, min(per_processor * processors, -(-num_rows // rows)), stages, reload)
 
 
