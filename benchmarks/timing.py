@@ -40,7 +40,7 @@ def device_times(calls: dict[str, Callable[[int], object]], burst: int = BURST, 
         torch.cuda.synchronize()
         # Cycles for which the device is kept busy while the host queues a burst, at up to two a nanosecond: where the host is
         # the slower of the two, its time would be taken for the device's.
-        pauses[name] = int(2e9 * 1.5 * burst * (time.perf_counter() - begin) / 3)
+        pauses[name] = int(2e9 * 3 * burst * (time.perf_counter() - begin) / 3)
     for _ in range(turns):
         for name, call in calls.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

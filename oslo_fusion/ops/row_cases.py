@@ -32,3 +32,9 @@ def drawer(dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
     """Normally distributed numbers with a mean that is not zero, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: (torch.randn(*shape, generator=generator) * 1.5 + 0.25).to(device, dtype)
+
+
+def draws_of(case: str) -> int:
+    """How many draws of a case to judge together: over few columns the largest error of a sum is a matter of luck."""
+    columns = ROW_CASES[case](lambda *shape: torch.empty(shape, device="meta")).shape[-1]
+    return max(4, min(32, 2048 // columns))
