@@ -44,7 +44,7 @@ class FusionConfig:
             ``FusedNoRepeatNGram`` for n-gram blocking in ``generate``; ``("all",)`` for all. The plan refuses by name
             what this version does not have.
         autotune: ``off`` takes every fusion that is correct; ``cached`` takes those measured to be faster on this
-            device, each measured once per process; ``full`` measures again.
+            device, each measured once and, on a GPU, remembered from process to process; ``full`` measures again.
         verify: run the model on a sample input before and after, and put the difference into the report.
         on_refusal: ``report`` puts refusals into the report; ``raise`` raises :class:`RefusalError` instead of applying.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rich.console import Console
@@ -34,9 +34,9 @@ _TABLE_WIDTH = 150
 
 @dataclass(frozen=True)
 class Timing:
-    """Median microseconds of one call at a stated problem size, before and after, measured on this device.
+    """Median microseconds of one call at a stated problem size, before and after, measured on this device or one of its kind.
 
-    ``None`` where that mode was not measured.
+    ``None`` where that mode was not measured. ``source`` says where the figures come from if they were not measured just now.
     """
 
     dtype: str
@@ -45,6 +45,11 @@ class Timing:
     inference_after: float | None = None
     training_before: float | None = None
     training_after: float | None = None
+    source: str = ""
+
+    def from_source(self, source: str) -> Timing:
+        """The same figures, and where they come from."""
+        return replace(self, source=source)
 
     @staticmethod
     def _wins(before: float | None, after: float | None) -> bool:
@@ -69,7 +74,9 @@ class Timing:
             )
             if before is not None and after is not None
         ]
-        return f"{self.dtype} {self.size}: {', '.join(parts)}" if parts else f"{self.dtype}: not measured"
+        if not parts:
+            return f"{self.dtype}: not measured"
+        return f"{self.dtype} {self.size}: {', '.join(parts)}" + (f" ({self.source})" if self.source else "")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
 
 
+os.environ["OSLO_FUSION_CACHE"] = tempfile.mkdtemp()  # timings of a test are nobody else's
 torch.set_num_threads(1)  # the tests' own processes share the cores; contended threads wait for each other
 
 

@@ -1,0 +1,21 @@
+"""The maker of shipped tables, on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import autotune
+
+
+def test_every_family_can_be_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OSLO_FUSION_CACHE", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["autotune", "--out", str(tmp_path), "--dry"])
+    assert autotune.main() == 0
+    printed = capsys.readouterr().out
+    for family in (*autotune.DECODERS, *autotune.ENCODERS, "T5"):
+        assert f"{family} " in printed
+    assert not list(tmp_path.iterdir())
