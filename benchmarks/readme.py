@@ -1,14 +1,15 @@
-"""The README's results: its tables, sentences and picture are generated from ``benchmarks/results/*.json`` and
-nothing else.
+"""The README's results: its tables, sentences and pictures are generated from ``benchmarks/results/*.json`` and
+nothing else. GPT-2's are made here, those of kernels and training steps in :mod:`benchmarks.tables`.
 
-    python -m benchmarks.readme            # rewrite the region between the two markers, and the picture
-    python -m benchmarks.readme --check    # exit 1 if README.md or the picture is not what the results say
+    python -m benchmarks.readme            # rewrite the region between the two markers, and the pictures
+    python -m benchmarks.readme --check    # exit 1 if README.md or a picture is not what the results say
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import re
 import sys
@@ -16,10 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import tables
+
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 PICTURE = "gpt2.png"
-SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+SHORT = tables.SHORT
 NAMES = {
     "eager": "HF eager",
     "compile": "torch.compile",
@@ -52,21 +55,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where the JSON files are")
     parsed = parser.parse_args(arguments)
     try:
-        results = load(parsed.results)
+        results, others = load(parsed.results), tables.load(parsed.results)
         text = _read(parsed.readme)
         picture = parsed.results / PICTURE
-        wanted = insert(text, region(results, _relative(picture, parsed.readme)), parsed.readme)
+
+        def link(path: Path) -> str:
+            return _relative(path, parsed.readme)
+
+        parts = tables.sections(others, link)
+        panels = {parsed.results / name: bars for name, bars in tables.pictures(others).items()}
+        parts = [*(f"![{path.stem}, ours beside others]({link(path)})" for path in panels), *parts]
+        body = region(results, link(picture)) if results or not parts else ""
+        wanted = insert(text, "\n\n".join(filter(None, (body, *parts))), parsed.readme)
+        digests = {path: digest([vars(bar) for bar in bars]) for path, bars in panels.items()}
         if parsed.check:
             stale = [] if wanted == text else [str(parsed.readme)]
-            if results and drawn_from(picture) != digest(results):
-                stale.append(str(picture))
+            if results:
+                digests[picture] = digest(results)
+            stale += [str(path) for path, fingerprint in digests.items() if drawn_from(path) != fingerprint]
             if stale:
                 print(f"stale: {', '.join(stale)}. Remedy: python -m benchmarks.readme", file=sys.stderr)
             return 1 if stale else 0
         if results:
             draw(results, picture)
+        for path, bars in panels.items():
+            _need_matplotlib()
+            tables.draw(bars, path, {_DIGEST: digests[path]})
         parsed.readme.write_text(wanted, encoding="utf-8")
-    except ReadmeError as error:
+    except (ReadmeError, tables.BadResult) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -263,16 +279,20 @@ def _relative(picture: Path, readme: Path) -> str:
     return picture.relative_to(folder).as_posix() if picture.is_relative_to(folder) else picture.as_posix()
 
 
+def _need_matplotlib() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ReadmeError("the pictures need matplotlib. Remedy: pip install 'oslo_fusion[bench]'.")
+
+
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Bars of ms per provider, grouped by dtype: a row of panels per device, forward left, training right.
 
     Raises:
         ReadmeError: matplotlib is missing.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ReadmeError("the picture needs matplotlib. Remedy: pip install 'oslo_fusion[bench]'.") from None
+    _need_matplotlib()
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

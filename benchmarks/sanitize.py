@@ -131,7 +131,7 @@ def _over_rows(
         width = view(torch.empty(shape)).shape[-1]
         inputs = [draw(*shape) for _ in range(rows)] + [draw(width) for _ in range(vectors)]
         run = functools.partial(_forward_and_backward, function, view, rows)
-        yield Case(f"{name}{kind}, {layout} {workload.dtype_name(dtype)}", tuple(inputs), run)
+        yield Case(f"{name}{kind}, {layout} {models.dtype_name(dtype)}", tuple(inputs), run)
 
 
 def _find(module: str, name: str) -> Function | None:
@@ -321,7 +321,8 @@ def read_log(text: str, names: Sequence[str], tool: str) -> Finding:
         names: of our kernels.
         tool: whose fault is expected.
     """
-    found, report = Finding(), []
+    found = Finding()
+    report: list[str] = []
 
     def close() -> None:
         if not report:

@@ -280,7 +280,7 @@ class Provider:
             kind, answer = self._connection.recv()
         except (EOFError, OSError) as error:
             self._process.join(1.0)
-            kind, answer = "error", f"{name}: {error or 'its process ended'} (exit code {self._process.exitcode})"
+            kind, answer = "error", f"{name}: {str(error) or 'its process ended'} (exit code {self._process.exitcode})"
         if kind in ("absent", "error"):
             self.row[kind] = answer
             self.close()  # with it goes whatever memory it held
