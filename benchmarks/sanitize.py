@@ -95,6 +95,7 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], View]] = {
     "strided numbers 5×33": ((5, 66), lambda t: t[:, ::2]),
     "unaligned 4×65": ((4, 66), lambda t: t[:, 1:]),
     "133×96": ((133, 96), lambda t: t),
+    "7×1032": ((7, 1032), lambda t: t),
 }
 WIDE = {"2×9001": ((2, 9001), lambda t: t)}  # too wide for a backward that keeps a row in registers
 
@@ -155,15 +156,22 @@ def _kinds(norm: Function, vectors: int) -> dict[str, tuple[Function, int, int]]
     }
 
 
+def _chosen(function: Function, kernel: str) -> Function:
+    """The function with this kernel where the inputs are on a GPU, if it lets one choose."""
+    if "kernel" not in inspect.signature(function).parameters:
+        return function
+    return lambda x, *rest, **options: function(x, *rest, kernel=kernel if x.is_cuda else "auto", **options)
+
+
 def _norms(cuda: bool) -> Iterator[Case]:
     for name, vectors in (("rms_norm", 1), ("layer_norm", 2)):
         norm = _find(name, name)
         assert norm is not None
-        kinds = _kinds(norm, vectors)
-        yield from _over_rows(name, kinds, LAYOUTS)
-        yield from _over_rows(name, {", weight": kinds[", weight"]}, WIDE)
-        if cuda and "kernel" in inspect.signature(norm).parameters and (ROOT / f"oslo_fusion/csrc/{name}.cu").exists():
-            yield from _over_rows(f"{name} in CUDA", _kinds(functools.partial(norm, kernel="cuda"), vectors), LAYOUTS | WIDE)
+        in_cuda = cuda and (ROOT / "oslo_fusion" / "csrc" / f"{name}.cu").exists()
+        for kernel in ("triton", "cuda") if in_cuda else ("triton",):
+            kinds = _kinds(_chosen(norm, kernel), vectors)
+            yield from _over_rows(f"{name} in {kernel}", kinds, LAYOUTS)
+            yield from _over_rows(f"{name} in {kernel}", {", weight": kinds[", weight"]}, WIDE)
 
 
 def _products(cuda: bool) -> Iterator[Case]:
@@ -233,7 +241,8 @@ def kernel_names(cuda: bool) -> list[str]:
     """Every kernel that stands in the sources: in Triton, and with ``cuda`` in ``csrc/``."""
     names: list[str] = []
     for path in sorted((ROOT / "oslo_fusion" / "triton").glob("*.py")):
-        names += re.findall(r"@triton\.jit[^\n]*\ndef (\w+_kernel)\(", path.read_text(encoding="utf-8"))
+        jitted = re.findall(r"^@triton\.jit\b.*?^def (\w+)\(", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+        names += [name for name in jitted if name.endswith("_kernel")]  # the others are called by these
     for path in sorted((ROOT / "oslo_fusion" / "csrc").glob("*.cu*")) if cuda else ():
         bounds = r"(?:__launch_bounds__\([^)]*\)\s*)?"
         names += re.findall(rf"__global__\s+{bounds}void\s+{bounds}(\w+)\s*\(", path.read_text(encoding="utf-8"))

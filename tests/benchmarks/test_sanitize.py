@@ -176,7 +176,7 @@ def test_every_case_obeys_the_law_on_the_cpu():
         "strided numbers",
         "unaligned",
         "no_repeat_ngram",
-        "rms_norm, resid",
+        ", residual",
     ):
         assert piece in text
 
@@ -197,17 +197,37 @@ def test_cuda_adds_cases_and_kernels():
     assert {"no_repeat_ngram_ban_kernel", "no_repeat_ngram_copy_kernel"} <= set(everything) - set(triton)
 
 
-def test_every_kernel_in_the_sources_is_found():
-    folder = Path(sanitize.ROOT) / "oslo_fusion"
-    sources = [path.read_text() for path in (*folder.glob("triton/*.py"), *folder.glob("csrc/*.cu"))]
-    launched = sum(text.count("@triton.jit") for text in sources) + sum(text.count("__global__ ") for text in sources)
-    helpers = sum(
-        line.startswith("def ") and "_kernel(" not in line
-        for text in sources
-        for before, line in zip(text.splitlines(), text.splitlines()[1:], strict=False)
-        if before.startswith("@triton.jit")
+def test_kernels_are_found_however_they_are_decorated(monkeypatch, tmp_path):
+    triton, csrc = tmp_path / "oslo_fusion" / "triton", tmp_path / "oslo_fusion" / "csrc"
+    triton.mkdir(parents=True)
+    csrc.mkdir()
+    (triton / "a.py").write_text(
+        "@triton.jit\ndef _helper(x):\n    pass\n\n\n"
+        "@triton.jit(do_not_specialize=_VARYING)\ndef _one_kernel(x):\n    pass\n\n\n"
+        "@triton.jit(\n    do_not_specialize=[\n        'x',\n    ]\n)\ndef _two_kernel(\n    x,\n):\n    pass\n\n\n"
+        "def plain_kernel(x):\n    pass\n"
     )
-    assert len(sanitize.kernel_names(True)) == launched - helpers
+    (csrc / "a.cu").write_text(
+        "template <typename T>\n__global__ void __launch_bounds__(kThreads)\n    three_kernel(T* x) {}\n"
+        "__global__ void four_kernel(int* x) {}\n__global__ __launch_bounds__(128, 2) void five_kernel() {}\n"
+    )
+    monkeypatch.setattr(sanitize, "ROOT", tmp_path)
+    assert sanitize.kernel_names(False) == ["_one_kernel", "_two_kernel"]
+    assert sanitize.kernel_names(True) == ["_one_kernel", "_two_kernel", "three_kernel", "four_kernel", "five_kernel"]
+
+
+def test_a_kernel_is_chosen_on_a_gpu_only():
+    class Somewhere:
+        def __init__(self, is_cuda):
+            self.is_cuda = is_cuda
+
+    def choosing(x, weight=None, *, kernel="auto"):
+        return kernel, weight
+
+    chosen = sanitize._chosen(choosing, "cuda")
+    assert chosen(Somewhere(True), 1) == ("cuda", 1)
+    assert chosen(Somewhere(False), weight=2) == ("auto", 2)
+    assert sanitize._chosen(len, "cuda") is len
 
 
 def test_an_operation_that_is_not_there_gives_no_case():
