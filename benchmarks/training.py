@@ -82,8 +82,8 @@ def initialize_kernels(model: nn.Module) -> None:
         surgery.attach(model, FusionReport(kept))
 
 
-def apply_liger(model: Any, fused_loss: bool) -> None:
-    """Liger's own recipe for the model's type, on this instance, and where it knows no other way on transformers' globals.
+def liger_recipe(model: Any) -> Any:
+    """Liger's function for models of this type. Finding it changes nothing yet.
 
     Raises:
         Absent: there is no Liger here, or it has no recipe for this type.
@@ -96,7 +96,7 @@ def apply_liger(model: Any, fused_loss: bool) -> None:
     recipe = patches.MODEL_TYPE_TO_APPLY_LIGER_FN.get(kind)
     if recipe is None:
         raise Absent(f"liger-kernel {liger_version()} has no recipe for {kind}")
-    recipe(model=model, fused_linear_cross_entropy=fused_loss)
+    return recipe
 
 
 def liger_version() -> str | None:
@@ -114,7 +114,8 @@ def apply_provider(name: str, model: nn.Module) -> None:
     elif name == "oslo_fusion":
         engine.initialize(model, CONFIG)
     elif name.startswith("liger"):
-        apply_liger(model, fused_loss=name == "liger")
+        # On this instance, and on transformers' globals where Liger knows no other way.
+        liger_recipe(model)(model=model, fused_linear_cross_entropy=name == "liger")
 
 
 def build(load: Workload) -> nn.Module:
@@ -149,6 +150,8 @@ class Runner:
     def prepare(self) -> dict[str, Any]:
         """Build, apply, make the first steps. Plain answers come first: afterwards Liger is all over this process."""
         plain = build(self.small)
+        if self.provider.startswith("liger"):
+            liger_recipe(plain)
         self.before = answers(plain, self.small)
         self.reference = answers(plain.float(), dataclasses.replace(self.small, dtype="float32"))
         del plain
