@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include "text.h"
+
 #include <ATen/ATen.h>
 #include <c10/macros/Macros.h>
 
@@ -92,7 +94,7 @@ struct Row {
 inline void check_no_repeat_ngram(const at::Tensor& scores, const at::Tensor& ids, const std::optional<at::Tensor>& source,
                                   int64_t size, const std::optional<at::Tensor>& sizes, int64_t length,
                                   const std::optional<at::Tensor>& device_length, bool in_place) {
-  TORCH_CHECK_VALUE(scores.dim() == 2, "no_repeat_ngram: scores: received ", scores.sizes(),
+  TORCH_CHECK_VALUE(scores.dim() == 2, "no_repeat_ngram: scores: received ", text(scores.sizes()),
                     ". Allowed: [rows, vocab]. Remedy: scores.view(-1, vocab).");
   const auto dtype = scores.scalar_type();
   TORCH_CHECK_VALUE(dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble,
@@ -104,21 +106,22 @@ inline void check_no_repeat_ngram(const at::Tensor& scores, const at::Tensor& id
                       "Remedy: scores.contiguous().");
   }
   const int64_t rows = scores.size(0);
-  TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(0) == rows, "no_repeat_ngram: ids: received ", ids.sizes(), ". Allowed: [", rows,
-                    ", capacity], as scores is ", scores.sizes(), ". Remedy: a row per score row.");
+  TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(0) == rows, "no_repeat_ngram: ids: received ", text(ids.sizes()),
+                    ". Allowed: [", text(rows), ", capacity], as scores is ", text(scores.sizes()), ". Remedy: a row per score row.");
   if (source) {
     const bool fits = source->dim() == 2 && (source->size(0) == 0 ? rows == 0 : rows % source->size(0) == 0);
-    TORCH_CHECK_VALUE(fits, "no_repeat_ngram: source: received ", source->sizes(),
-                      ". Allowed: [sources, length] where sources divides ", rows, ". Remedy: a row per beam group.");
+    TORCH_CHECK_VALUE(fits, "no_repeat_ngram: source: received ", text(source->sizes()),
+                      ". Allowed: [sources, length] where sources divides ", text(rows), ". Remedy: a row per beam group.");
   }
   TORCH_CHECK_VALUE(!sizes || (sizes->dim() == 1 && sizes->size(0) == rows), "no_repeat_ngram: sizes: received ",
-                    sizes ? sizes->sizes() : at::IntArrayRef(), ". Allowed: [", rows, "]. Remedy: a size per row, or one int.");
-  TORCH_CHECK_VALUE(sizes || size >= 1, "no_repeat_ngram: size: received ", size,
+                    text(sizes ? sizes->sizes() : at::IntArrayRef()), ". Allowed: [", text(rows),
+                    "]. Remedy: a size per row, or one int.");
+  TORCH_CHECK_VALUE(sizes || size >= 1, "no_repeat_ngram: size: received ", text(size),
                     ". Allowed: 1 or more. Remedy: leave the call out to ban nothing.");
-  TORCH_CHECK_VALUE(0 <= length && length <= ids.size(1), "no_repeat_ngram: length: received ", length, ". Allowed: 0 to ",
-                    ids.size(1), ", the capacity of ids. Remedy: at most ids.shape[1].");
+  TORCH_CHECK_VALUE(0 <= length && length <= ids.size(1), "no_repeat_ngram: length: received ", text(length), ". Allowed: 0 to ",
+                    text(ids.size(1)), ", the capacity of ids. Remedy: at most ids.shape[1].");
   TORCH_CHECK_VALUE(!device_length || device_length->dim() == 0, "no_repeat_ngram: length: received ",
-                    device_length ? device_length->sizes() : at::IntArrayRef(),
+                    text(device_length ? device_length->sizes() : at::IntArrayRef()),
                     ". Allowed: a tensor of shape []. Remedy: length.reshape(()).");
   const auto check_integers = [&](const char* name, const at::Tensor& tensor) {
     TORCH_CHECK_VALUE(tensor.scalar_type() == at::kInt || tensor.scalar_type() == at::kLong, "no_repeat_ngram: ", name,
