@@ -1,0 +1,233 @@
+"""Gated linear unit in Triton: one kernel forward, one backward, each of which touches every number once.
+
+Forward reads gate and up and writes h; backward reads dh, gate and up, computes the activation again, and writes both
+gradients:
+
+    dup = dh · act(gate)        dgate = dh · up · act'(gate)
+
+Memory is the limit, so the cut serves the loads: 16 bytes per thread and access, and enough of them under way. Contiguous
+tensors are one line of numbers, whatever their width: an odd width costs nothing. Halves of a merged projection are rows at a
+stride and are cut into tiles of rows and columns where they lie.
+
+The maths is chosen for few instructions that lose nothing: with p = sigmoid(2 z), (1 + tanh z) / 2 = p, so the tanh form needs
+no tanh and does not cancel.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# A kernel's arguments carry no types: triton would take an annotation for a value to be used on the device.
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from oslo_fusion.ops.glu import _check, glu_backward_reference, glu_reference, register_kernels
+from oslo_fusion.triton.launch import Kernel
+from oslo_fusion.triton.rows import as_rows, device_facts, on_device, stride_unit
+
+_FEWEST_COLUMNS = 256  # of a tile of rows: 512 bytes in half precision, which memory serves in whole bursts
+
+
+@dataclass(frozen=True)
+class GluBlocks:
+    """How a kernel is cut.
+
+    Attributes:
+        rows: rows per tile; 1 where the tensors are one line of numbers.
+        columns: numbers of each row in a tile, a power of two.
+        warps: warps per program.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+
+
+@functools.lru_cache(maxsize=4096)
+def glu_blocks(numel: int, dim: int, itemsize: int, backward: bool, processors: int) -> GluBlocks:
+    """How ``numel`` numbers are cut.
+
+    A thread loads 32 bytes of each of the forward's two tensors, and 8 numbers of each of the backward's three, whose float32
+    intermediates take the registers. Where that leaves multiprocessors without work it loads 16 bytes of each.
+
+    Args:
+        numel: numbers of one tensor.
+        dim: the width of a row, or 0 where the tensors are one line of numbers.
+        itemsize: bytes of a number, 2 or 4.
+        backward: whether it is the backward.
+        processors: multiprocessors of the device.
+    """
+    warps, per_thread = 4, 8 if backward else 32 // itemsize
+    if numel < 2 * processors * 32 * warps * per_thread:
+        per_thread = 16 // itemsize
+    tile = 32 * warps * per_thread
+    if dim == 0:
+        return GluBlocks(1, tile, warps)
+    most = min(tile, 1 << max(0, dim - 1).bit_length())
+    choices = [most >> shift for shift in range(most.bit_length()) if most >> shift >= min(most, _FEWEST_COLUMNS)]
+    columns = min(choices, key=lambda width: (-(-dim // width) * width, -width))  # the fewest idle threads, then the widest
+    return GluBlocks(tile // columns, columns, warps)
+
+
+@triton.jit
+def _activate(g, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        a = g * tl.sigmoid(g)
+    elif ACTIVATION == "gelu_tanh":
+        a = g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
+    else:
+        a = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    return a
+
+
+@triton.jit
+def _sigmoid_and_slope(z):
+    """p = sigmoid(z) and p (1 - p), without taking p from 1, which would lose the slope of large z to rounding."""
+    e = tl.exp(-tl.abs(z))
+    r = 1.0 / (1.0 + e)
+    return tl.where(z >= 0.0, r, e * r), e * r * r
+
+
+@triton.jit
+def _activate_with_slope(g, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        p, p_slope = _sigmoid_and_slope(g)
+        slope = p + g * p_slope
+    elif ACTIVATION == "gelu_tanh":
+        p, p_slope = _sigmoid_and_slope(1.5957691216057308 * (g + 0.044715 * g * g * g))
+        slope = p + g * p_slope * (1.5957691216057308 + 0.21406444881780074 * g * g)
+    else:
+        p = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
+        slope = p + 0.3989422804014327 * g * tl.exp(-0.5 * g * g)
+    return g * p, slope
+
+
+@triton.jit
+def _tile(count_units, DIM: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows (a column of numbers), columns and mask of this program's tile; without rows one line of numbers."""
+    program = tl.program_id(0).to(tl.int64)
+    if DIM == 0:
+        rows = 0
+        cols = program * BLOCK + tl.arange(0, BLOCK)
+        mask = cols < count_units.to(tl.int64) * UNIT
+    else:
+        tiles: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
+        rows = (program // tiles * ROWS + tl.arange(0, ROWS))[:, None]
+        cols = (program % tiles * BLOCK + tl.arange(0, BLOCK))[None, :]
+        mask = (rows < count_units) & (cols < DIM)
+    return rows, cols, mask
+
+
+# `count_units`: the number of rows; of one line, the numbers in units of UNIT, so that the mask is known to be the same for as
+# many neighbours, which a thread then loads at once.
+
+
+@triton.jit(do_not_specialize=["gate_row_units", "up_row_units", "count_units"])
+def _glu_fwd_kernel(
+    gate_ptr,
+    up_ptr,
+    h_ptr,
+    gate_row_units,
+    up_row_units,
+    count_units,
+    ACTIVATION: tl.constexpr,
+    DIM: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows, cols, mask = _tile(count_units, DIM, UNIT, ROWS, BLOCK)
+    gate = tl.load(gate_ptr + (rows * gate_row_units * UNIT + cols), mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + (rows * up_row_units * UNIT + cols), mask=mask, other=0.0).to(tl.float32)
+    h = _activate(gate, ACTIVATION) * up
+    tl.store(h_ptr + (rows * DIM + cols), h.to(h_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["dh_row_units", "gate_row_units", "up_row_units", "gradient_row_units", "count_units"])
+def _glu_bwd_kernel(
+    dh_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    dh_row_units,
+    gate_row_units,
+    up_row_units,
+    gradient_row_units,
+    count_units,
+    ACTIVATION: tl.constexpr,
+    DIM: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows, cols, mask = _tile(count_units, DIM, UNIT, ROWS, BLOCK)
+    dh = tl.load(dh_ptr + (rows * dh_row_units * UNIT + cols), mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + (rows * gate_row_units * UNIT + cols), mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + (rows * up_row_units * UNIT + cols), mask=mask, other=0.0).to(tl.float32)
+    a, slope = _activate_with_slope(gate, ACTIVATION)
+    at = rows * gradient_row_units * UNIT + cols
+    tl.store(dgate_ptr + at, (dh * up * slope).to(dgate_ptr.dtype.element_ty), mask=mask)
+    tl.store(dup_ptr + at, (dh * a).to(dup_ptr.dtype.element_ty), mask=mask)
+
+
+_FORWARD, _BACKWARD = Kernel(_glu_fwd_kernel), Kernel(_glu_bwd_kernel)
+
+
+def launch_glu(gate: Tensor, up: Tensor, activation: str, blocks: GluBlocks | None = None) -> Tensor:
+    """As :func:`oslo_fusion.ops.glu.glu_reference`; ``blocks`` overrides the heuristic, for tuning."""
+    _check(gate, up, activation)
+    if gate.dtype == torch.float64 or up.dtype == torch.float64:
+        return glu_reference(gate, up, activation)
+    h = torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
+    _launch(_FORWARD, (gate, up), (h,), activation, blocks)
+    return h
+
+
+def launch_glu_backward(
+    dh: Tensor, gate: Tensor, up: Tensor, activation: str, blocks: GluBlocks | None = None
+) -> tuple[Tensor, Tensor]:
+    """As :func:`oslo_fusion.ops.glu.glu_backward_reference`; ``blocks`` overrides the heuristic, for tuning."""
+    _check(gate, up, activation)
+    if torch.float64 in (dh.dtype, gate.dtype, up.dtype):
+        return glu_backward_reference(dh, gate, up, activation)
+    dgate, dup = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
+    _launch(_BACKWARD, (dh, gate, up), (dgate, dup), activation, blocks)
+    return dgate, dup
+
+
+def _launch(
+    kernel: Kernel, reads: tuple[Tensor, ...], writes: tuple[Tensor, ...], activation: str, blocks: GluBlocks | None
+) -> None:
+    """Cut the work and launch it: as one line where every tensor is contiguous, else by rows."""
+    numel = reads[0].numel()
+    if numel == 0:
+        return
+    backward, strides = kernel is _BACKWARD, []
+    if all(t.is_contiguous() for t in (*reads, *writes)):
+        dim, unit = 0, math.gcd(16, numel)
+        strides, count = [0] * (len(reads) + backward), numel // unit
+    else:
+        dim = reads[0].shape[-1]
+        cut = [as_rows(t) for t in (*reads, *writes[:backward])]
+        reads, strides, count = tuple(t for t, _ in cut[: len(reads)]), [stride for _, stride in cut], numel // dim
+        unit = stride_unit(*strides)
+    if blocks is None:
+        blocks = glu_blocks(numel, dim, reads[-1].element_size(), backward, device_facts(reads[0])[0])
+    programs = -(-numel // blocks.columns) if dim == 0 else -(-count // blocks.rows) * -(-dim // blocks.columns)
+    with on_device(reads[0]):
+        kernel(
+            (programs,),
+            (*reads, *writes),
+            (*(stride // unit for stride in strides), count),
+            (activation, dim, unit, blocks.rows, blocks.columns),
+            blocks.warps,
+        )
+
+
+register_kernels(launch_glu, launch_glu_backward, "CUDA")

@@ -1,0 +1,185 @@
+"""The kernels of glu: the cases of the reference, on a GPU or interpreted; and compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from oslo_fusion.errors import ConfigError
+from oslo_fusion.ops import glu as op
+from oslo_fusion.ops.row_cases import ROW_CASES, drawer
+from oslo_fusion.testing import assert_close_to_reference
+from oslo_fusion.triton import glu as kernels
+from oslo_fusion.triton.glu import GluBlocks, glu_blocks
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NAMES = ("h", "dgate", "dup")
+
+
+def test_this_file_interpreted(rerun_interpreted: Callable[[], None]) -> None:
+    rerun_interpreted()
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer that a launcher allocates is full of NaN, so that a number that was not written is seen."""
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: torch.full(*args, float("nan"), **kwargs))
+
+
+def all_ways(dh: Tensor, gate: Tensor, up: Tensor, activation: str, **options: Any) -> list[list[Tensor]]:
+    """What the kernels give, plain PyTorch in the same dtype, and the reference in float64; forward, then backward."""
+    wide = [t.double() for t in (dh, gate, up)]
+    function = op.ACTIVATIONS[activation][0]
+    leaves = [t.detach().clone().requires_grad_() for t in (gate, up)]
+    plain = function(leaves[0]) * leaves[1]
+    return [
+        [
+            kernels.launch_glu(gate, up, activation, **options),
+            *kernels.launch_glu_backward(dh, gate, up, activation, **options),
+        ],
+        [plain.detach(), *torch.autograd.grad(plain, leaves, dh.to(plain.dtype))],
+        [op.glu_reference(*wide[1:], activation), *op.glu_backward_reference(*wide, activation)],
+    ]
+
+
+def judge(draws: list[list[list[Tensor]]], case: str) -> None:
+    for position, name in enumerate(NAMES):
+        assert draws[0][0][position].shape == draws[0][1][position].shape
+        assert draws[0][0][position].is_contiguous()
+        columns = (torch.cat([draw[way][position].flatten() for draw in draws]) for way in range(3))
+        assert_close_to_reference(*columns, f"{case}, {name}")
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", list(op.ACTIVATIONS))
+@pytest.mark.parametrize("case", list(ROW_CASES))
+def test_the_law_holds(case: str, activation: str, dtype: torch.dtype, device: torch.device) -> None:
+    draws = []
+    for seed in range(32 if case == "one number" else 2):  # of one number the largest error is a matter of luck
+        draw = drawer(dtype, device, seed)
+        gate, up = 2 * ROW_CASES[case](draw), ROW_CASES[case](draw)  # 2 times: contiguous; up as the case has it
+        dh = ROW_CASES[case](draw) if seed % 2 else draw(*gate.shape)
+        draws.append(all_ways(dh, gate, up, activation))
+        draws.append(all_ways(dh, ROW_CASES[case](draw), up, activation))
+    judge(draws, case)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dim", [13, 300, 1000])
+def test_halves_of_a_merged_projection_are_read_where_they_lie(
+    dim: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = drawer(torch.bfloat16, device)
+    merged = draw(3, 5, 2 * dim)
+    gate, up = merged.chunk(2, -1)
+    expected = all_ways(draw(3, 5, dim), gate, up, "silu")
+    judge([expected], "halves")
+
+    def copied(self: Tensor, **_: Any) -> Tensor:
+        raise AssertionError("a half was copied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Tensor, "contiguous", copied)
+        assert torch.equal(kernels.launch_glu(gate, up, "silu"), expected[0][0])
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_mixed_dtypes(device: torch.device) -> None:
+    for gate_dtype, up_dtype, dh_dtype in (
+        (torch.float16, torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+    ):
+        gate, up = drawer(gate_dtype, device, 1)(7, 96), drawer(up_dtype, device, 2)(7, 96)
+        draws = all_ways(drawer(dh_dtype, device, 3)(7, 96), gate, up, "gelu_tanh")
+        assert [t.dtype for t in draws[0]] == [t.dtype for t in draws[1]]
+        judge([draws], f"{gate_dtype} {up_dtype}")
+
+
+@pytest.mark.parametrize("activation", list(op.ACTIVATIONS))
+def test_large_numbers_do_what_pytorch_does(activation: str, device: torch.device) -> None:
+    gate = torch.tensor([-1e4, -300.0, -88.0, -20.0, -5.0, 0.0, 5.0, 20.0, 88.0, 300.0, 1e4], device=device)
+    judge([all_ways(torch.ones_like(gate), gate, torch.ones_like(gate), activation)], activation)
+    x = torch.full((3,), float("nan"), device=device)
+    assert all(
+        t.isnan().all() for t in (kernels.launch_glu(x, x, activation), *kernels.launch_glu_backward(x, x, x, activation))
+    )
+
+
+@pytest.mark.parametrize("blocks", [GluBlocks(1, 64, 1), GluBlocks(4, 16, 2), GluBlocks(16, 512, 8)])
+def test_tuned_tiles_give_the_same_bits(blocks: GluBlocks, device: torch.device) -> None:
+    draw = drawer(torch.float32, device)
+    dh, gate, up = (draw(9, 2 * 100)[:, :100] for _ in range(3))
+    expected, tuned = (all_ways(dh, gate, up, "silu", blocks=b)[0] for b in (None, blocks))
+    assert all(torch.equal(a, b) for a, b in zip(expected, tuned, strict=True))
+
+
+def test_plain_eager_code_launches_and_gets_its_gradients(device: torch.device) -> None:
+    draw = drawer(torch.float32, device)
+    leaves = [draw(6, 40).requires_grad_() for _ in range(2)]
+    expected = torch.autograd.grad(op.glu_reference(*leaves, "silu").square().sum(), leaves)
+    for result in (op._Glu.apply(*leaves, "silu"), op.swiglu(*leaves)):
+        for mine, theirs in zip(torch.autograd.grad(result.square().sum(), leaves), expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_launchers_check_first(device: torch.device) -> None:
+    x = torch.zeros(4, 8, device=device)
+    with pytest.raises(ConfigError, match="up: received shape"):
+        kernels.launch_glu(x, x[:1], "silu")
+    with pytest.raises(ConfigError, match="activation: received 'relu'"):
+        kernels.launch_glu_backward(x, x, x, "relu")
+
+
+DIMS = (1, 13, 768, 1000, 4097, 11008, 14336, 18944)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_feed_every_thread_with_whole_loads(itemsize: int, backward: bool) -> None:
+    for dim in (0, *DIMS):
+        for numel in (8 * max(dim, 1), 1 << 26):
+            blocks = glu_blocks(numel, dim, itemsize, backward, 132)
+            per_thread = blocks.rows * blocks.columns / (32 * blocks.warps)
+            assert per_thread * itemsize in (16, 32)
+            assert blocks.columns & (blocks.columns - 1) == 0
+            assert dim != 0 or blocks.rows == 1
+            if dim:
+                waste = -(-dim // blocks.columns) * blocks.columns / dim
+                assert waste <= 1.07 or dim < 1024, (dim, blocks)
+            if numel < 1 << 20:
+                assert per_thread * itemsize == 16
+    assert glu_blocks(1 << 26, 14336, 2, False, 132).columns == 2048
+    assert glu_blocks(1 << 26, 11008, 2, False, 132).columns == 256
+
+
+TYPES = {"bf16": 2, "fp32": 4}
+
+
+def signature(kernel: Any, dtype: str) -> dict[str, str]:
+    kind = {"ptr": f"*{dtype}", "units": "i32"}
+    return {name: kind.get(name.rsplit("_", 1)[-1], "constexpr") for name in kernel.arg_names}
+
+
+@pytest.mark.parametrize("dtype", list(TYPES))
+@pytest.mark.parametrize("activation", list(op.ACTIVATIONS))
+@pytest.mark.parametrize("dim", [0, 768, 1000, 4097])
+def test_kernels_compile_for_every_target(
+    dim: int, activation: str, dtype: str, compile_for_all_targets: Callable[..., Any]
+) -> None:
+    for kernel, backward in ((kernels._glu_fwd_kernel, False), (kernels._glu_bwd_kernel, True)):
+        for numel in (1 << 26, 1 << 12):
+            blocks = glu_blocks(numel, dim, TYPES[dtype], backward, 132)
+            unit = 1 if dim % 8 else 8 if dim % 16 else 16
+            constants = {"ACTIVATION": activation, "DIM": dim, "UNIT": unit, "ROWS": blocks.rows, "BLOCK": blocks.columns}
+            built = compile_for_all_targets(kernel, signature(kernel, dtype), constants, num_warps=blocks.warps)
+            if unit > 1:
+                assembly = built["sm_90"].assembly
+                assert "ld.global.v4" in assembly, "numbers are not read 16 bytes at a time"
+                assert "st.global.v4" in assembly, "numbers are not written 16 bytes at a time"
+                assert "ld.global.b16" not in assembly
