@@ -18,12 +18,12 @@ from oslo_fusion.decide import (
     propose,
     random,
     refuse,
-    signature,
 )
 from oslo_fusion.jit.formulas import FORMULAS
 from oslo_fusion.jit.script import ROOM
-from oslo_fusion.jit.trace import Activation, has_hooks, recognise_activation
 from oslo_fusion.plan import Proposal, Site
+from oslo_fusion.recognition.activation import recognise
+from oslo_fusion.recognition.trace import has_hooks
 
 KIND = "activation"
 _TIMED_WIDTH = 4096
@@ -46,17 +46,6 @@ class FusedActivation(nn.Module):
         if wide is not None and x.dtype != wide and torch.is_autocast_enabled(x.device.type):
             x = x.to(wide)  # the original's pow or softplus is promoted by autocast
         return formula(x)
-
-
-def recognise(module: nn.Module, device: torch.device, scope: Scope) -> Activation | None:
-    """:func:`~oslo_fusion.jit.trace.recognise_activation`, once for modules that are alike."""
-    if next(module.children(), None) is not None:
-        return None
-    found: Activation | None = scope.once(
-        ("recognise", signature(module), device),
-        lambda: recognise_activation(module, device),
-    )
-    return found
 
 
 def propose_activation(path: str, module: nn.Module, device: torch.device, dtype: torch.dtype, scope: Scope) -> Proposal | None:
@@ -84,9 +73,9 @@ def propose_activation(path: str, module: nn.Module, device: torch.device, dtype
         return refuse(ROOM, site, before, f"no known formula; its operators are {', '.join(found.operators)}")
     if has_hooks(module):
         return refuse(ROOM, site, before, "its forward was replaced or is hooked")
-    if found.formula.aten is None and not (fuser := scope.fuser(device)).available:
+    formula, twin = FORMULAS[found.formula], probe.shadow(module)
+    if formula.aten is None and not (fuser := scope.fuser(device)).available:
         return refuse(ROOM, site, before, fuser.reason)
-    formula, twin = found.formula, probe.shadow(module)
     verdict = scope.once(
         (KIND, formula.name, found.operators, device, dtype),
         lambda: decide(

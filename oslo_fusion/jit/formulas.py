@@ -4,9 +4,6 @@ A formula is either one ATen kernel (``aten``), or a scripted forward and backwa
 kernel each and that save nothing but the input. ATen is taken wherever it has the formula: its kernels move 16 bytes per
 thread and access, the generated ones 2 or 4 (tanh-GELU on 4096×3072 float16, one H200: ATen 15 µs, generated 43 µs, the
 eight kernels of ``gelu_new`` 110 µs).
-
-Sources: GELU, arXiv:1606.08415; SiLU, arXiv:1702.03118; squared ReLU, arXiv:2109.08668; Laplace, arXiv:2209.10655;
-Mish, arXiv:1908.08681; clipped GELU, arXiv:2004.09602; sqrt-softplus, DeepSeek-V4's router.
 """
 
 from __future__ import annotations
@@ -16,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from oslo_fusion.jit.script import Scripted, scripted
+from oslo_fusion.recognition.activation import MEANINGS
 
 Elementwise = Callable[[Tensor], Tensor]
 
@@ -30,7 +27,7 @@ class Formula:
 
     Attributes:
         name: how reports call it.
-        meaning: the definition in plain PyTorch, any dtype, shape kept; what a module's output is matched against.
+        meaning: the definition in plain PyTorch, from the catalogue of :mod:`oslo_fusion.recognition.activation`.
         aten: the same as one ATen kernel, with its own gradient; None where ATen has none.
         forward: scripted ``x -> y``.
         backward: scripted ``(x, dy) -> dx``.
@@ -142,42 +139,19 @@ def _clipped_gelu_backward(x: Tensor, dy: Tensor) -> Tensor:
     return (dy.float() * inside * (phi + v * 0.3989422804014327 * torch.exp(-0.5 * v * v))).type_as(x)
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+_ATEN = ("gelu_tanh", "gelu", "silu", "relu", "mish", "sigmoid", "tanh", "relu6", "hardswish")
+_SCRIPTED = {
+    "quick_gelu": (_quick_gelu, _quick_gelu_backward),
+    "relu2": (_relu2, _relu2_backward),
+    "laplace": (_laplace, _laplace_backward),
+    "sqrtsoftplus": (_sqrt_softplus, _sqrt_softplus_backward),
+    "gelu_10": (_clipped_gelu, _clipped_gelu_backward),
+}
 
-
-def _laplace_meaning(x: Tensor) -> Tensor:
-    return 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * 2.0**0.5)))
-
-
-_ALL = (
-    Formula("gelu_tanh", _gelu_tanh, aten=_gelu_tanh),
-    Formula("gelu", F.gelu, aten=F.gelu),
-    Formula("silu", F.silu, aten=F.silu),
-    Formula("relu", F.relu, aten=F.relu),
-    Formula("mish", F.mish, aten=F.mish),
-    Formula("sigmoid", torch.sigmoid, aten=torch.sigmoid),
-    Formula("tanh", torch.tanh, aten=torch.tanh),
-    Formula("relu6", F.relu6, aten=F.relu6),
-    Formula("hardswish", F.hardswish, aten=F.hardswish),
-    Formula("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x), forward=_quick_gelu, backward=_quick_gelu_backward),
-    Formula("relu2", lambda x: torch.square(F.relu(x)), forward=_relu2, backward=_relu2_backward),
-    Formula("laplace", _laplace_meaning, forward=_laplace, backward=_laplace_backward),
-    Formula(
-        "sqrtsoftplus",
-        lambda x: torch.sqrt(F.softplus(x)),
-        forward=_sqrt_softplus,
-        backward=_sqrt_softplus_backward,
-    ),
-    Formula(
-        "gelu_10",
-        lambda x: torch.clip(F.gelu(x), -10, 10),
-        forward=_clipped_gelu,
-        backward=_clipped_gelu_backward,
-    ),
-)
-
-FORMULAS: dict[str, Formula] = {formula.name: formula for formula in _ALL}
+FORMULAS: dict[str, Formula] = {
+    **{name: Formula(name, MEANINGS[name], aten=MEANINGS[name]) for name in _ATEN},
+    **{name: Formula(name, MEANINGS[name], forward=both[0], backward=both[1]) for name, both in _SCRIPTED.items()},
+}
 
 
 # --- gate · up -------------------------------------------------------------------------------------------------------

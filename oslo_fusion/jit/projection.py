@@ -27,8 +27,8 @@ from oslo_fusion.decide import (
     refuse,
 )
 from oslo_fusion.jit.script import ROOM
-from oslo_fusion.jit.trace import has_hooks, linear_shape
 from oslo_fusion.plan import Proposal, Site
+from oslo_fusion.recognition.trace import has_hooks, linear_shape
 
 KIND = "output projection"
 ALIGNMENT = 8

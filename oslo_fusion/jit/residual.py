@@ -29,10 +29,18 @@ from oslo_fusion.decide import (
     signature,
 )
 from oslo_fusion.jit.formulas import dropout_add
-from oslo_fusion.jit.mlp import input_widths, run_chain
 from oslo_fusion.jit.script import ROOM
-from oslo_fusion.jit.trace import Trace, has_hooks, linear_shape, required_arguments, same, trace
 from oslo_fusion.plan import Proposal, Site
+from oslo_fusion.recognition.trace import (
+    Trace,
+    has_hooks,
+    input_widths,
+    linear_shape,
+    required_arguments,
+    run_chain,
+    same,
+    trace,
+)
 
 KIND = "dropout + residual"
 _MAX_CHILDREN = 8

@@ -1,8 +1,4 @@
-"""Recognition by structure: what an activation computes, and how a small module passes tensors between its children.
-
-Nothing here knows a model by name. A module's copy is run on random numbers; what its children received and returned says
-how they are wired, and what an elementwise module returns says which formula it is.
-"""
+"""How a small module passes tensors between its children, seen by running a copy of it with hooks."""
 
 from __future__ import annotations
 
@@ -13,34 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from oslo_fusion.jit.formulas import FORMULAS, Formula
 from oslo_fusion.probe import preserved_random_state, shadow
-
-
-class _Operators(TorchDispatchMode):
-    """Counts the ATen operators that compute something (views and detaches launch no kernel)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view and func is not torch.ops.aten.detach.default:
-            self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-@dataclass(frozen=True)
-class Activation:
-    """What was recognised in an elementwise module."""
-
-    formula: Formula | None
-    kernels: int
-    operators: tuple[str, ...]
-    autocast_dtype: torch.dtype | None
-    """What the module returns for a half-precision input under autocast, if not that precision."""
 
 
 def required_arguments(module: nn.Module) -> int:
@@ -48,45 +18,6 @@ def required_arguments(module: nn.Module) -> int:
     parameters = inspect.signature(module.forward).parameters.values()
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.default is p.empty and p.kind in plain for p in parameters)
-
-
-def recognise_activation(module: nn.Module, device: torch.device) -> Activation | None:
-    """Which elementwise formula the module computes, or None if it is no elementwise function of one tensor.
-
-    Args:
-        module: a leaf without parameters and buffers.
-        device: where to count kernels and to try autocast.
-    """
-    if next(module.children(), None) or next(module.parameters(), None) is not None:
-        return None
-    if next(module.buffers(), None) is not None or isinstance(module, (nn.Dropout, nn.Identity)):
-        return None
-    grid = torch.linspace(-12, 12, 193, dtype=torch.float64).reshape(1, 193)
-    twin = shadow(module)
-    try:
-        if required_arguments(module) != 1:
-            return None
-        with torch.no_grad(), preserved_random_state():
-            y = twin(grid)
-            if not isinstance(y, Tensor) or y.shape != grid.shape or y.dtype != grid.dtype:
-                return None
-            if not torch.equal(twin(grid[:, 64:]), y[:, 64:]) or torch.equal(y, grid):
-                return None  # not elementwise, random, or the identity
-            operators, on_device = _Operators(), grid.to(device, torch.float32)
-            with operators:
-                twin(on_device)
-            half = torch.bfloat16
-            with torch.autocast(device.type, dtype=half):
-                autocast_dtype = twin(grid.to(device, half)).dtype
-    except Exception:
-        return None
-    for formula in FORMULAS.values():
-        if torch.allclose(y, formula.meaning(grid), rtol=1e-8, atol=1e-8):
-            break
-    else:
-        formula = None
-    names = tuple(operators.names)
-    return Activation(formula, len(names), names, None if autocast_dtype == half else autocast_dtype)
 
 
 @dataclass(frozen=True)
@@ -177,3 +108,27 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def input_widths(module: nn.Module) -> list[int]:
+    """Widths that the module may expect of its input: those of its linear layers and norms, in order."""
+    widths: dict[int, None] = {}
+    for part in module.modules():
+        shape = linear_shape(part)
+        if shape is not None:
+            widths[shape[0]] = None
+        elif part.__dict__.get("_parameters") and not next(part.children(), None):
+            for parameter in part.parameters(recurse=False):
+                if parameter.dim() == 1:
+                    widths[parameter.numel()] = None
+    return list(widths)
+
+
+def run_chain(module: nn.Module, h: Tensor, names: Sequence[str], casts: Sequence[str] = ()) -> Tensor:
+    """Call the named children one after the other; those in ``casts`` get their weight's dtype first."""
+    for name in names:
+        child = getattr(module, name)
+        if name in casts and isinstance(getattr(child, "weight", None), Tensor):
+            h = h.to(child.weight.dtype)
+        h = child(h)
+    return h
