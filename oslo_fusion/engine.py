@@ -30,7 +30,7 @@ def plan(model: nn.Module, config: object) -> FusionPlan:
 
     Raises:
         ConfigError: the model is not a module or the configuration is unusable.
-        PlanError: two passes claim one module.
+        PlanError: a pass claims a module that an earlier one has taken, or one module twice.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(
@@ -39,9 +39,12 @@ def plan(model: nn.Module, config: object) -> FusionPlan:
         )
     parsed = parse_config(config)
     proposals: list[Proposal] = []
+    taken: dict[str, Proposal] = {}
     with surgery.as_restored(model):
         for room in PASSES:
-            proposals += room.propose(model, parsed.fusion, environment())
+            found = list(room.propose(model, parsed.fusion, environment(), taken))
+            proposals += found
+            taken.update({path: proposal for proposal in found for path in proposal.claims if path not in taken})
     proposals += _absent_rooms(parsed.fusion)
     _check_claims(proposals)
     return FusionPlan(type(model).__name__, parsed.fusion, tuple(proposals), parsed.notes)
@@ -60,7 +63,7 @@ def initialize(model: nn.Module, config: object) -> nn.Module:
 
     Raises:
         ConfigError: the model is not a module or the configuration is unusable.
-        PlanError: two passes claim one module.
+        PlanError: a pass claims a module that an earlier one has taken, or one module twice.
         RefusalError: ``on_refusal: raise`` and at least one site was refused.
 
     After any error the model is as it was before the call.

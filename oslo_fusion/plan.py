@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rich.console import Console
@@ -137,6 +138,12 @@ class Proposal:
         }
 
 
+Taken = Mapping[str, Proposal]
+"""Module path → the proposal of an earlier pass that claims it."""
+
+NOTHING_TAKEN: Taken = MappingProxyType({})
+
+
 @dataclass(frozen=True)
 class FusionPlan:
     """Everything that ``initialize`` would do to one model, and everything it would not, with the reason.
@@ -173,9 +180,26 @@ class Pass(Protocol):
     kernels: tuple[str, ...]
     """The names in ``custom_cuda_kernels`` that this room answers for."""
 
-    def propose(self, model: nn.Module, config: FusionConfig, environment: Environment) -> Iterable[Proposal]:
-        """Yield one proposal for every candidate site of this room."""
+    def propose(
+        self, model: nn.Module, config: FusionConfig, environment: Environment, taken: Taken = NOTHING_TAKEN
+    ) -> Iterable[Proposal]:
+        """Yield one proposal for every candidate site of this room that no earlier pass has taken.
+
+        Args:
+            model: read, never written.
+            config, environment: what is asked for, and the facts of the machine.
+            taken: what earlier passes have claimed; a module there is theirs (see :func:`leave`).
+        """
         ...
+
+
+def leave(proposal: Proposal, taken: Taken) -> Proposal:
+    """The proposal, or an ``off`` row in its place where it claims a module that an earlier pass has taken."""
+    owner = next((taken[path] for path in proposal.claims if path in taken), None)
+    if owner is None:
+        return proposal
+    reason = f"taken by the {owner.room} room: {owner.site.kind} at {owner.site.path}"
+    return replace(proposal, after=proposal.before, outcome="off", reason=reason, claims=(), swaps=())
 
 
 @dataclass

@@ -17,8 +17,10 @@ from torch import nn
 
 import oslo_fusion
 from oslo_fusion import ConfigError, PlanError, RefusalError, engine, surgery
+from oslo_fusion.passes import PASSES
 from oslo_fusion.plan import Proposal, Site, Swap, collapse_paths
 from oslo_fusion.testing import assert_close_to_reference
+from oslo_fusion.triton import glu_sites
 
 OFF = {"kernel_fusion": {"enable": True, "autotune": "off"}}
 MODELS = ("gpt2", "bert", "roberta", "t5", "t5-v1_1", "bart", "vit", "opt", "llama")
@@ -227,6 +229,71 @@ def test_two_claims_on_one_module_are_an_error() -> None:
     other = Proposal(Site("a", "mlp", "MLP"), "other", "x", "y", "fused", "r", claims=("a", "a.b"))
     with pytest.raises(PlanError, match=r"a\.b: claimed by jit .* and by other"):
         engine._check_claims([row, other])
+
+
+class Taker:
+    """A pass that claims given paths, and does not look at what is taken."""
+
+    name = "early"
+    kernels: tuple[str, ...] = ()
+
+    def __init__(self, *paths: str) -> None:
+        self.paths = paths
+
+    def propose(self, model: nn.Module, config: Any, environment: Any, taken: Any = None) -> list[Proposal]:
+        return [Proposal(Site(p, "kind", "Module"), self.name, "x", "y", "fused", "r", claims=(p,)) for p in self.paths]
+
+
+def with_kernels(build: Any, name: str, monkeypatch: pytest.MonkeyPatch, pretended: bool) -> Any:
+    if pretended:
+        monkeypatch.setattr(glu_sites, "missing_kernel", lambda device, operation: None)
+    model = build(name)
+    block = {**OFF["kernel_fusion"], "custom_cuda_kernels": ["FusedSwiGLU", "FusedGeGLU"]}
+    plan = oslo_fusion.plan(model, {"kernel_fusion": block})
+    return model, plan, Counter((row.room, row.site.kind, row.outcome) for row in plan.proposals)
+
+
+@pytest.mark.usefixtures("fuser_pretended")
+@pytest.mark.parametrize(("name", "gated"), [("llama", 2), ("t5-v1_1", 4)])
+def test_two_rooms_want_one_site_and_the_first_gets_it(
+    name: str, gated: int, build: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plan, found = with_kernels(build, name, monkeypatch, pretended=True)
+    assert found["triton", GATED, "fused"] == gated
+    assert not any(room == "jit" and kind in (GATED, ONE) for room, kind, _ in found), "claimed by the triton room"
+    assert found["jit", RESIDUAL, "fused"] == WITH_FUSER[name].get((RESIDUAL, "fused"), 0), "none of it is in the way"
+    given = inputs(model, name)
+    before = output(model, given)
+    oslo_fusion.initialize(model, plan.config)
+    assert sum(type(m).__name__.startswith("FusedGLU[") for m in model.modules()) == gated
+    torch.testing.assert_close(output(model, given), before)
+
+
+@pytest.mark.usefixtures("fuser_pretended")
+def test_what_the_first_room_refuses_the_second_takes(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, found = with_kernels(build, "llama", monkeypatch, pretended=False)
+    assert found["triton", GATED, "refused"] == found["jit", GATED, "fused"] == 2
+
+
+@pytest.mark.usefixtures("fuser_pretended")
+def test_a_site_that_needs_a_taken_child_is_off_and_says_so(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    activation = "model.layers.0.mlp.act_fn"
+    monkeypatch.setattr(engine, "PASSES", (Taker(activation), *PASSES))
+    rows = {row.site.path: row for row in oslo_fusion.plan(model, OFF).proposals}
+    row = rows["model.layers.0.mlp"]
+    assert (row.outcome, row.claims, row.swaps) == ("off", (), ())
+    assert row.reason == f"taken by the early room: kind at {activation}"
+    assert rows[activation].room == "early"
+    assert rows["model.layers.1.mlp"].outcome == "fused"
+
+
+def test_a_pass_that_does_not_look_is_an_error(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("gpt2")
+    activation = "transformer.h.0.mlp.act"
+    monkeypatch.setattr(engine, "PASSES", (*PASSES, Taker(activation)))
+    with pytest.raises(PlanError, match=r"mlp\.act: claimed by jit .* and by early"):
+        oslo_fusion.plan(model, OFF)
 
 
 def test_a_plan_for_another_model_changes_nothing(build: Any) -> None:

@@ -13,7 +13,7 @@ from oslo_fusion import extension, probe
 from oslo_fusion.config import FusionConfig
 from oslo_fusion.environment import Environment
 from oslo_fusion.ops.no_repeat_ngram import implementation
-from oslo_fusion.plan import Proposal, Site, Swap, Timing
+from oslo_fusion.plan import NOTHING_TAKEN, Proposal, Site, Swap, Taken, Timing, leave
 
 ROOM = "generation"
 KIND = "n-gram blocking"
@@ -31,7 +31,9 @@ class GenerationPass:
     name = ROOM
     kernels: tuple[str, ...] = (KERNEL_NAME,)
 
-    def propose(self, model: nn.Module, config: FusionConfig, environment: Environment) -> Iterator[Proposal]:
+    def propose(
+        self, model: nn.Module, config: FusionConfig, environment: Environment, taken: Taken = NOTHING_TAKEN
+    ) -> Iterator[Proposal]:
         """Yield one proposal per generating model, if ``custom_cuda_kernels`` names ``FusedNoRepeatNGram`` or ``all``."""
         named = KERNEL_NAME in config.custom_cuda_kernels
         if not named and "all" not in config.custom_cuda_kernels:
@@ -42,7 +44,7 @@ class GenerationPass:
             return
         sites = list(_generating(model))
         for path, module in sites:
-            yield _propose(path, module, config.autotune)
+            yield leave(_propose(path, module, config.autotune), taken)
         if named and not sites:
             yield Proposal(wish, ROOM, "-", "-", "refused", f"no part of this {type(model).__name__} generates")
 

@@ -14,7 +14,7 @@ from oslo_fusion.jit.mlp import propose_mlp
 from oslo_fusion.jit.projection import propose_projection
 from oslo_fusion.jit.residual import propose_residual
 from oslo_fusion.jit.script import ROOM
-from oslo_fusion.plan import Proposal, Site
+from oslo_fusion.plan import NOTHING_TAKEN, Proposal, Site, Taken, leave
 
 
 class TorchScriptPass:
@@ -23,18 +23,23 @@ class TorchScriptPass:
     name = ROOM
     kernels: tuple[str, ...] = ()
 
-    def propose(self, model: nn.Module, config: FusionConfig, environment: Environment) -> Iterator[Proposal]:
+    def propose(
+        self, model: nn.Module, config: FusionConfig, environment: Environment, taken: Taken = NOTHING_TAKEN
+    ) -> Iterator[Proposal]:
         """Yield a proposal for every candidate site; a single ``off`` row if fusion is not enabled."""
         if not config.enable:
             reason = "enable is false"
             yield Proposal(Site("kernel_fusion.enable", "configuration", "-"), self.name, "-", "-", "off", reason)
             return
         scope = Scope(config, environment)
-        claimed: set[str] = set()
+        claimed = set(taken)
         for path, module in model.named_modules():
+            if path in taken:
+                continue  # a module is changed once, and whoever took it has given it a row
             for detect in (propose_mlp, propose_residual, propose_projection):
                 proposal = detect(path, module, scope)
                 if proposal is not None:
+                    proposal = leave(proposal, taken)
                     claimed.update(proposal.claims)
                     yield proposal
         home = placement(model)

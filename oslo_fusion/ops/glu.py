@@ -203,6 +203,60 @@ class _Glu(torch.autograd.Function):
         return _backward(ctx, gradients[0])
 
 
+class _MergedGlu(torch.autograd.Function):
+    """The same on the halves of one tensor, whose gradient is written as one: ``chunk``'s own copies two together."""
+
+    @staticmethod
+    def forward(ctx: Any, merged: Tensor, activation: str, gate_first: bool) -> Any:
+        kernels = find_kernels("glu")
+        assert kernels is not None
+        ctx.activation, ctx.gate_first = activation, gate_first
+        ctx.save_for_backward(merged)
+        return kernels.launch_glu(*halves(merged, gate_first), activation)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        (merged,), dh = ctx.saved_tensors, gradients[0]
+        assert dh is not None
+        gate, up = halves(merged, ctx.gate_first)
+        kernels = find_kernels("glu") if is_plain(dh, merged) and not torch.is_grad_enabled() else None
+        if kernels is None:
+            dgate, dup = _gradients(dh, gate, up, ctx.activation)
+            return torch.cat((dgate, dup) if ctx.gate_first else (dup, dgate), -1), None, None
+        return kernels.launch_merged_glu_backward(dh, gate, up, ctx.activation, ctx.gate_first), None, None
+
+
+def halves(merged: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
+    """Gate and up, as views of a merged projection ``[*batch, 2 · dim]``."""
+    first, second = merged.chunk(2, -1)
+    return (first, second) if gate_first else (second, first)
+
+
+def merged_glu(merged: Tensor, activation: str, gate_first: bool = True) -> Tensor:
+    """:func:`glu` of the two halves of one merged projection, read where they lie; so is their gradient written.
+
+    Args:
+        merged: ``[*batch, 2 · dim]``.
+        activation: ``silu``, ``gelu`` or ``gelu_tanh``.
+        gate_first: whether the gate is the first half, as in Phi-3 and GLM.
+
+    Returns:
+        ``act(gate) · up``, ``[*batch, dim]``, contiguous.
+
+    Raises:
+        ConfigError: an odd or missing last dimension, or as :func:`glu`.
+    """
+    if merged.dim() == 0 or merged.shape[-1] % 2:
+        raise ConfigError(
+            f"glu: merged: received shape {list(merged.shape)}, needs an even last dimension, gate and up side by side"
+        )
+    fast = merged.is_cuda and not torch.compiler.is_compiling() and is_plain(merged) and wants_gradient(merged)
+    if fast and find_kernels("glu") is not None:
+        h: Tensor = _MergedGlu.apply(merged, activation, gate_first)
+        return h
+    return glu(*halves(merged, gate_first), activation)
+
+
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """An activated gate times ``up``, in one kernel forward and one backward: :func:`swiglu` and :func:`geglu` by name.
 

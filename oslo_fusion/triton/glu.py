@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oslo_fusion.ops.glu import _check, glu_backward_reference, glu_reference, register_kernels
+from oslo_fusion.ops.glu import _check, glu_backward_reference, glu_reference, halves, register_kernels
 from oslo_fusion.triton.launch import Kernel
 from oslo_fusion.triton.rows import as_rows, device_facts, on_device, stride_unit
 
@@ -199,6 +199,19 @@ def launch_glu_backward(
     dgate, dup = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
     _launch(_BACKWARD, (dh, gate, up), (dgate, dup), activation, blocks)
     return dgate, dup
+
+
+def launch_merged_glu_backward(dh: Tensor, gate: Tensor, up: Tensor, activation: str, gate_first: bool) -> Tensor:
+    """As :func:`launch_glu_backward`, with the gradients as the halves of one tensor ``[*batch, 2 · dim]``."""
+    _check(gate, up, activation)
+    merged = torch.empty((*gate.shape[:-1], 2 * gate.shape[-1]), dtype=gate.dtype, device=gate.device)
+    dgate, dup = halves(merged, gate_first)
+    if torch.float64 in (dh.dtype, gate.dtype):
+        for part, gradient in zip((dgate, dup), glu_backward_reference(dh, gate, up, activation), strict=True):
+            part.copy_(gradient)
+    else:
+        _launch(_BACKWARD, (dh, gate, up), (dgate, dup), activation, None)
+    return merged
 
 
 def _launch(

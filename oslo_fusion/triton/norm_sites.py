@@ -30,7 +30,7 @@ from oslo_fusion.environment import Environment
 from oslo_fusion.ops.kernels import find_kernels, is_plain
 from oslo_fusion.ops.layer_norm import layer_norm, layer_norm_reference
 from oslo_fusion.ops.rms_norm import rms_norm, rms_norm_reference
-from oslo_fusion.plan import Proposal, Site
+from oslo_fusion.plan import NOTHING_TAKEN, Proposal, Site, Taken, leave
 
 ROOM = "triton"
 KIND = "norm"
@@ -123,7 +123,9 @@ class NormPass:
     name = ROOM
     kernels = tuple(KERNELS)
 
-    def propose(self, model: nn.Module, config: FusionConfig, environment: Environment) -> Iterator[Proposal]:
+    def propose(
+        self, model: nn.Module, config: FusionConfig, environment: Environment, taken: Taken = NOTHING_TAKEN
+    ) -> Iterator[Proposal]:
         """Yield one proposal per norm of a wanted kind, and a refusal for a name of which the model has no norm."""
         everything = "all" in config.custom_cuda_kernels
         wanted = {name: operation for name, operation in KERNELS.items() if everything or name in config.custom_cuda_kernels}
@@ -139,7 +141,7 @@ class NormPass:
             norm = recognise(module, scope)
             if norm is not None and norm.operation in wanted.values():
                 found.add(norm.operation)
-                yield _propose(path, module, norm, scope)
+                yield leave(_propose(path, module, norm, scope), taken)
         for name, operation in wanted.items():
             if not everything and operation not in found:
                 reason = f"no module of this {type(model).__name__} computes {operation.replace('_', ' ')}"

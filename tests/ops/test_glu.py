@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from oslo_fusion.errors import ConfigError
-from oslo_fusion.ops.glu import GLU, GLU_BACKWARD, geglu, glu, swiglu
+from oslo_fusion.ops.glu import GLU, GLU_BACKWARD, geglu, glu, merged_glu, swiglu
 from oslo_fusion.ops.row_cases import ROW_CASES, drawer
 from oslo_fusion.probe import prove
 from oslo_fusion.testing import assert_close_to_reference
@@ -109,6 +109,21 @@ def test_gradients_twice_and_of_one_input_only(activation: str, device: str) -> 
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_merged_projections(gate_first: bool, device: str) -> None:
+    merged = drawer(torch.float64, device)(3, 2, 10).requires_grad_()
+    first, second = merged.chunk(2, -1)
+    expected = swiglu(first, second) if gate_first else swiglu(second, first)
+    torch.testing.assert_close(merged_glu(merged, "silu", gate_first), expected)
+    assert torch.autograd.gradcheck(lambda m: merged_glu(m, "silu", gate_first), (merged,))
+    assert torch.autograd.gradgradcheck(lambda m: merged_glu(m, "silu", gate_first), (merged,))
+    half = drawer(torch.bfloat16, device)(4, 6, 64).requires_grad_()
+    dh = drawer(torch.bfloat16, device)(4, 6, 32)
+    mine, theirs = (torch.autograd.grad(h, half, dh)[0] for h in (merged_glu(half, "gelu"), geglu(*half.chunk(2, -1))))
+    assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_gradients_of_gradients_in_float32(device: str) -> None:
     draw = drawer(torch.float32, device)
     leaves = [draw(4, 9).requires_grad_() for _ in range(2)]
@@ -147,6 +162,7 @@ BAD: list[tuple[Any, str]] = [
     (lambda: geglu(X, X.to("meta")), "up: is on meta, gate on cpu"),
     (lambda: geglu(X, X, "erf"), "approximate: received 'erf', allowed are none, tanh"),
     (lambda: glu(X, X, "relu"), "activation: received 'relu', allowed are silu, gelu, gelu_tanh"),
+    (lambda: merged_glu(X[:, :7], "silu"), "merged: received shape [4, 7]"),
     (lambda: GLU_BACKWARD(X, X, X[:, :7], "silu"), "up: received shape [4, 7]"),
 ]
 

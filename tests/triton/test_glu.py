@@ -89,6 +89,21 @@ def test_halves_of_a_merged_projection_are_read_where_they_lie(
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("gate_first", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_gradient_of_a_merged_projection_is_written_as_one(
+    dtype: torch.dtype, gate_first: bool, device: torch.device
+) -> None:
+    draw = drawer(dtype, device)
+    merged, dh = draw(3, 5, 2 * 50).requires_grad_(), draw(3, 5, 50)
+    gate, up = op.halves(merged, gate_first)
+    assert (gate.data_ptr() < up.data_ptr()) == gate_first
+    dgate, dup = kernels.launch_glu_backward(dh, gate.detach(), up.detach(), "gelu")
+    expected = torch.cat((dgate, dup) if gate_first else (dup, dgate), -1)
+    assert torch.equal(torch.autograd.grad(op._MergedGlu.apply(merged, "gelu", gate_first), merged, dh)[0], expected)
+
+
+@pytest.mark.usefixtures("poisoned")
 def test_mixed_dtypes(device: torch.device) -> None:
     for gate_dtype, up_dtype, dh_dtype in (
         (torch.float16, torch.bfloat16, torch.float32),
