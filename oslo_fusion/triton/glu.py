@@ -75,13 +75,33 @@ def glu_blocks(numel: int, dim: int, itemsize: int, backward: bool, processors: 
 
 
 @triton.jit
-def _activate(g, ACTIVATION: tl.constexpr):
+def _normal_cdf(g, HALF: tl.constexpr):
+    """Φ(g), the probability that a standard normal variable is at most g, and exp(-g²/2).
+
+    With erf it takes 46 instructions a number (PTX for sm_90), about as many as an H200 can issue while the six bytes of a
+    number in half precision pass through its memory. So where results are rounded to half precision it is formula 26.2.17 of
+    Abramowitz and Stegun, Handbook of Mathematical Functions, with 25 instructions: off by 3e-7 in float32, where bfloat16
+    rounds by 2e-3 and float16 by 2e-4.
+    """
+    e = tl.exp(-0.5 * g * g)
+    if HALF:
+        t = 1.0 / (1.0 + 0.2316419 * tl.abs(g))
+        p = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))) * e
+        p = tl.where(g >= 0.0, 1.0 - p, p)
+    else:
+        p = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
+    return p, e
+
+
+@triton.jit
+def _activate(g, ACTIVATION: tl.constexpr, HALF: tl.constexpr):
     if ACTIVATION == "silu":
         a = g * tl.sigmoid(g)
     elif ACTIVATION == "gelu_tanh":
         a = g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
     else:
-        a = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+        p, _ = _normal_cdf(g, HALF)
+        a = g * p
     return a
 
 
@@ -94,7 +114,7 @@ def _sigmoid_and_slope(z):
 
 
 @triton.jit
-def _activate_with_slope(g, ACTIVATION: tl.constexpr):
+def _activate_with_slope(g, ACTIVATION: tl.constexpr, HALF: tl.constexpr):
     if ACTIVATION == "silu":
         p, p_slope = _sigmoid_and_slope(g)
         slope = p + g * p_slope
@@ -102,8 +122,8 @@ def _activate_with_slope(g, ACTIVATION: tl.constexpr):
         p, p_slope = _sigmoid_and_slope(1.5957691216057308 * (g + 0.044715 * g * g * g))
         slope = p + g * p_slope * (1.5957691216057308 + 0.21406444881780074 * g * g)
     else:
-        p = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
-        slope = p + 0.3989422804014327 * g * tl.exp(-0.5 * g * g)
+        p, e = _normal_cdf(g, HALF)
+        slope = p + 0.3989422804014327 * g * e
     return g * p, slope
 
 
@@ -136,6 +156,7 @@ def _glu_fwd_kernel(
     up_row_units,
     count_units,
     ACTIVATION: tl.constexpr,
+    HALF: tl.constexpr,
     DIM: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -144,7 +165,7 @@ def _glu_fwd_kernel(
     rows, cols, mask = _tile(count_units, DIM, UNIT, ROWS, BLOCK)
     gate = tl.load(gate_ptr + (rows * gate_row_units * UNIT + cols), mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + (rows * up_row_units * UNIT + cols), mask=mask, other=0.0).to(tl.float32)
-    h = _activate(gate, ACTIVATION) * up
+    h = _activate(gate, ACTIVATION, HALF) * up
     tl.store(h_ptr + (rows * DIM + cols), h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
@@ -161,6 +182,7 @@ def _glu_bwd_kernel(
     gradient_row_units,
     count_units,
     ACTIVATION: tl.constexpr,
+    HALF: tl.constexpr,
     DIM: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -170,7 +192,7 @@ def _glu_bwd_kernel(
     dh = tl.load(dh_ptr + (rows * dh_row_units * UNIT + cols), mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + (rows * gate_row_units * UNIT + cols), mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + (rows * up_row_units * UNIT + cols), mask=mask, other=0.0).to(tl.float32)
-    a, slope = _activate_with_slope(gate, ACTIVATION)
+    a, slope = _activate_with_slope(gate, ACTIVATION, HALF)
     at = rows * gradient_row_units * UNIT + cols
     tl.store(dgate_ptr + at, (dh * up * slope).to(dgate_ptr.dtype.element_ty), mask=mask)
     tl.store(dup_ptr + at, (dh * a).to(dup_ptr.dtype.element_ty), mask=mask)
@@ -233,12 +255,13 @@ def _launch(
     if blocks is None:
         blocks = glu_blocks(numel, dim, reads[-1].element_size(), backward, device_facts(reads[0])[0])
     programs = -(-numel // blocks.columns) if dim == 0 else -(-count // blocks.rows) * -(-dim // blocks.columns)
+    half = all(t.element_size() == 2 for t in writes)
     with on_device(reads[0]):
         kernel(
             (programs,),
             (*reads, *writes),
             (*(stride // unit for stride in strides), count),
-            (activation, dim, unit, blocks.rows, blocks.columns),
+            (activation, half, dim, unit, blocks.rows, blocks.columns),
             blocks.warps,
         )
 
