@@ -112,23 +112,25 @@ def prove(ours: Function, theirs: Function, *draws: Sequence[Tensor], gradients:
         A comparison of the output, then one per gradient.
     """
 
-    def run(function: Function, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def run(function: Function, number: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         with torch.set_grad_enabled(gradients):
-            leaves = [t.detach().clone().requires_grad_(gradients) for t in tensors]
+            leaves = [t.detach().to(dtype or t.dtype, copy=True).requires_grad_(gradients) for t in draws[number]]
             output = function(*leaves)
             if not gradients:
                 return (output,)
-            weight = torch.linspace(-1, 1, output.numel(), device=output.device, dtype=torch.float64)
+            # Each draw has a gradient of its own: the sum of one and the same would be right or wrong by the same luck.
+            generator = torch.Generator().manual_seed(number)
+            weight = torch.randn(output.numel(), generator=generator, dtype=torch.float32).to(output.device)
             return output, *torch.autograd.grad(output, leaves, weight.reshape(output.shape).to(output.dtype))
 
     def all_draws(function: Function, dtype: torch.dtype | None = None) -> list[Tensor]:
-        results = [run(function, [t.to(dtype or t.dtype) for t in inputs]) for inputs in draws]
+        results = [run(function, number, dtype) for number in range(len(draws))]
         return [
             torch.cat([r.flatten() for r in column]) if len(column) > 1 else column[0] for column in zip(*results, strict=True)
         ]
 
     for _ in range(_SETTLING_CALLS):
-        run(ours, draws[0])
+        run(ours, 0)
     triples = zip(all_draws(ours), all_draws(theirs), all_draws(theirs, torch.float64), strict=True)
     return tuple(compare(*triple) for triple in triples)
 
