@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from oslo_fusion.errors import ConfigError
 
 BLOCK = "kernel_fusion"
-KERNELS = ("FusedRMSNorm", "FusedLayerNorm", "FusedSwiGLU", "FusedGeGLU", "FusedNoRepeatNGram")
+KERNELS = ("FusedRMSNorm", "FusedLayerNorm", "FusedSwiGLU", "FusedGeGLU", "FusedRoPE", "FusedNoRepeatNGram")
 """Names that ``custom_cuda_kernels`` may hold. A plan refuses by name what this version has no room for."""
 
 AUTOTUNE = ("off", "cached", "full")
@@ -41,8 +41,9 @@ class FusionConfig:
         memory_efficient_fusion: AOT Autograd instead of TorchScript. This version has no AOT room: the plan says so
             in a row and uses TorchScript.
         custom_cuda_kernels: kernels to use beside the rest: ``FusedRMSNorm`` and ``FusedLayerNorm`` for norms,
-            ``FusedSwiGLU`` and ``FusedGeGLU`` for gated MLPs, ``FusedNoRepeatNGram`` for n-gram blocking in ``generate``;
-            ``("all",)`` for all. The plan refuses by name what this version does not have.
+            ``FusedSwiGLU`` and ``FusedGeGLU`` for gated MLPs, ``FusedRoPE`` for the rotary embedding of attention,
+            ``FusedNoRepeatNGram`` for n-gram blocking in ``generate``; ``("all",)`` for all. The plan refuses by name what
+            this version does not have.
         autotune: ``off`` takes every fusion that is correct; ``cached`` takes those measured to be faster on this
             device, each measured once and, on a GPU, remembered from process to process; ``full`` measures again.
         verify: run the model on a sample input before and after, and put the difference into the report.

@@ -14,7 +14,7 @@ from oslo_fusion import probe
 from oslo_fusion.config import FusionConfig
 from oslo_fusion.environment import Ability, Environment
 from oslo_fusion.plan import Proposal, Settings, Site, Swap, Timing
-from oslo_fusion.probe import Function
+from oslo_fusion.probe import Functions
 
 _ENOUGH, _MOST_DRAWS = 4096, 31
 PROVEN_SHAPE = (97, 211)
@@ -96,8 +96,8 @@ def dtypes_to_decide(device: torch.device, dtype: torch.dtype) -> tuple[torch.dt
 
 def decide(
     key: Hashable,
-    before: Function,
-    after: Function,
+    before: Functions,
+    after: Functions,
     small: Inputs,
     large: Inputs,
     dtypes: Sequence[torch.dtype],
@@ -110,7 +110,7 @@ def decide(
 
     Args:
         key: identifies the measurement apart from device, dtype and shape.
-        before, after: functions of the inputs that return one tensor.
+        before, after: functions of the inputs that return one tensor or several.
         small, large: make the inputs that are proven and timed, in a dtype.
         dtypes: what to decide for. bfloat16 also stands for float16 where both are met under autocast.
         autotune: ``off`` takes whatever is proven.

@@ -11,5 +11,6 @@ from oslo_fusion.jit import TorchScriptPass
 from oslo_fusion.plan import Pass
 from oslo_fusion.triton.glu_sites import GatedMLPPass
 from oslo_fusion.triton.norm_sites import NormPass
+from oslo_fusion.triton.rope_sites import RotaryPass
 
-PASSES: tuple[Pass, ...] = (NormPass(), GatedMLPPass(), TorchScriptPass(), GenerationPass())
+PASSES: tuple[Pass, ...] = (NormPass(), RotaryPass(), GatedMLPPass(), TorchScriptPass(), GenerationPass())

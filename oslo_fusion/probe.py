@@ -21,6 +21,8 @@ from oslo_fusion.errors import ConfigError
 from oslo_fusion.plan import Timing
 
 Function = Callable[..., Tensor]
+Functions = Callable[..., "Tensor | tuple[Tensor, ...]"]
+"""Of one result or several."""
 
 _CUDA_ELEMENTS = 1 << 25  # 64 MiB in half precision: beyond the L2 of an H200, so that memory is what is timed
 _CPU_ELEMENTS = 1 << 20
@@ -98,14 +100,18 @@ def preserved_random_state() -> Iterator[None]:
         yield
 
 
-def prove(ours: Function, theirs: Function, *draws: Sequence[Tensor], gradients: bool = True) -> tuple[Comparison, ...]:
+def _tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else results
+
+
+def prove(ours: Functions, theirs: Functions, *draws: Sequence[Tensor], gradients: bool = True) -> tuple[Comparison, ...]:
     """Compare an output and its gradients under the law, on given inputs.
 
     Ours is run until TorchScript has settled on its fused code, and that code's results are judged.
 
     Args:
-        ours, theirs: functions of the inputs that return one tensor and contain no randomness; ``theirs`` also
-            accepts the inputs in float64, where it gives the truth.
+        ours, theirs: functions of the inputs that return one tensor, or several of one dtype, which are judged together, and
+            contain no randomness; ``theirs`` also accepts the inputs in float64, where it gives the truth.
         draws: one or more sets of floating-point inputs, judged together: of a single number the largest error of the
             same-dtype code, which sets the bound, would be a matter of luck.
         gradients: also compare the gradient of every input.
@@ -114,18 +120,19 @@ def prove(ours: Function, theirs: Function, *draws: Sequence[Tensor], gradients:
         A comparison of the output, then one per gradient.
     """
 
-    def run(function: Function, number: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    def run(function: Functions, number: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         with torch.set_grad_enabled(gradients):
             leaves = [t.detach().to(dtype or t.dtype, copy=True).requires_grad_(gradients) for t in draws[number]]
-            output = function(*leaves)
+            outputs = _tuple(function(*leaves))
+            output = outputs[0] if len(outputs) == 1 else torch.cat([o.detach().flatten() for o in outputs])
             if not gradients:
                 return (output,)
             # Each draw has a gradient of its own: the sum of one and the same would be right or wrong by the same luck.
             generator = torch.Generator().manual_seed(number)
-            weight = torch.randn(output.numel(), generator=generator, dtype=torch.float32).to(output.device)
-            return output, *torch.autograd.grad(output, leaves, weight.reshape(output.shape).to(output.dtype))
+            weights = [torch.randn(o.shape, generator=generator, dtype=torch.float32).to(o.device, o.dtype) for o in outputs]
+            return output, *torch.autograd.grad(outputs, leaves, weights)
 
-    def all_draws(function: Function, dtype: torch.dtype | None = None) -> list[Tensor]:
+    def all_draws(function: Functions, dtype: torch.dtype | None = None) -> list[Tensor]:
         results = [run(function, number, dtype) for number in range(len(draws))]
         return [
             torch.cat([r.flatten() for r in column]) if len(column) > 1 else column[0] for column in zip(*results, strict=True)
@@ -185,8 +192,8 @@ def time_calls(functions: Sequence[Callable[[], object]], device: torch.device) 
 
 def time_pair(
     key: Hashable,
-    before: Function,
-    after: Function,
+    before: Functions,
+    after: Functions,
     inputs: Callable[[], Sequence[Tensor]],
     *,
     autotune: str,
@@ -197,7 +204,7 @@ def time_pair(
     Args:
         key: what identifies the measurement apart from device and dtype, and prints as the same in every process. With
             ``autotune: cached`` it is measured once: on a GPU once for all processes (see :mod:`oslo_fusion.timings`).
-        before, after: functions of the inputs that return one tensor.
+        before, after: functions of the inputs that return one tensor or several.
         inputs: makes the inputs at the size that is timed; the first one's shape, dtype and device are recorded.
         autotune: ``cached`` or ``full``.
         training: also time forward and backward together.
@@ -219,10 +226,10 @@ def time_pair(
     if training:
         leaves = [t.detach().requires_grad_() for t in tensors]
         with torch.enable_grad():
-            grad = torch.randn_like(before(*leaves))
+            grads = [torch.randn_like(output) for output in _tuple(before(*leaves))]
 
-            def step(function: Function) -> Callable[[], object]:
-                return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
+            def step(function: Functions) -> Callable[[], object]:
+                return lambda: torch.autograd.grad(_tuple(function(*leaves)), leaves, grads)
 
             backward = [*time_calls([step(before), step(after)], first.device)]
     size = "×".join(map(str, first.shape))

@@ -7,8 +7,9 @@ Pairs: numbers ``i`` and ``i + rot_dim/2`` (rotate-half: Llama, GPT-NeoX), or ``
 
 Shapes: ``q`` ``[batch, heads, seq, head_dim]``; ``k`` ``[batch, kv_heads, seq, head_dim]``; ``cos``, ``sin``
 ``[batch or 1, seq, rot_dim]``, one number for each rotated one, or with ``per_pair`` ``[batch or 1, seq, rot_dim/2]``, one for
-each pair (gpt-oss, and GLM, which uses half of what it is given). The two numbers of a pair may have different cos and sin. The transposed map,
-which is the gradient, is ``y = x · cos - turn(x · sin)``: a rotation by the opposite angle where the numbers of a pair agree.
+each pair (gpt-oss, and GLM, which uses half of what it is given). The two numbers of a pair may have different cos and sin. The
+transposed map, which is the gradient, is ``y = x · cos - turn(x · sin)``: a rotation by the opposite angle where the numbers of
+a pair agree.
 
 Dtype law: computed in float32 (float64 for float64 inputs) and rounded once, to the dtype of ``q`` and ``k`` unless told
 otherwise: under autocast some models multiply half queries with float32 cosines and get float32.

@@ -2,7 +2,8 @@
 
 A program takes all heads of one token, or a tile of them where there are many, or of several tokens where there are few. Both
 numbers of every pair are in its registers, so that q and k are read once and written once, 16 bytes a thread at a time. The
-cosines of a token are read once for all its heads; they stay in the L2 cache, as they are the same for all layers.
+cosines of a token are read once for all its heads; they stay in the L2 cache, as they are the same for all layers. As in the
+norms, what was read leaves that cache last and what is written first.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -133,30 +134,31 @@ def _rotated(
     if INTERLEAVED:
         cols = tl.arange(0, 2 * BLOCK)[None, :]
         cols_mask = cols < ROT
-        x = tl.load(x_ptrs + cols, mask=mask & cols_mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptrs + cols, mask=mask & cols_mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
         if PER_PAIR:
-            cos = tl.load(cos_ptrs + half, mask=half_mask, other=0.0).to(tl.float32)
-            sin = tl.load(sin_ptrs + half, mask=half_mask, other=0.0).to(tl.float32)
+            cos = tl.load(cos_ptrs + half, mask=half_mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+            sin = tl.load(sin_ptrs + half, mask=half_mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
             cos, sin = tl.interleave(cos, cos), tl.interleave(sin, sin)
         else:
-            cos = tl.load(cos_ptrs + cols, mask=cols_mask, other=0.0).to(tl.float32)
-            sin = tl.load(sin_ptrs + cols, mask=cols_mask, other=0.0).to(tl.float32)
-        first, second = tl.split(tl.reshape(x * sin if TRANSPOSED else x, (ROWS, BLOCK, 2)))
-        turned = tl.interleave(-second, first)
-        y = x * cos - turned if TRANSPOSED else x * cos + turned * sin
-        return y, y
-    first = tl.load(x_ptrs + half, mask=mask & half_mask, other=0.0).to(tl.float32)
-    second = tl.load(x_ptrs + (ROT // 2) + half, mask=mask & half_mask, other=0.0).to(tl.float32)
-    first_cos = tl.load(cos_ptrs + half, mask=half_mask, other=0.0).to(tl.float32)
-    first_sin = tl.load(sin_ptrs + half, mask=half_mask, other=0.0).to(tl.float32)
-    if PER_PAIR:
-        second_cos, second_sin = first_cos, first_sin
+            cos = tl.load(cos_ptrs + cols, mask=cols_mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+            sin = tl.load(sin_ptrs + cols, mask=cols_mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        x1, x2 = tl.split(tl.reshape(x * sin if TRANSPOSED else x, (ROWS, BLOCK, 2)))
+        turned = tl.interleave(-x2, x1)
+        first = x * cos - turned if TRANSPOSED else x * cos + turned * sin
+        second = first
     else:
-        second_cos = tl.load(cos_ptrs + (ROT // 2) + half, mask=half_mask, other=0.0).to(tl.float32)
-        second_sin = tl.load(sin_ptrs + (ROT // 2) + half, mask=half_mask, other=0.0).to(tl.float32)
-    if TRANSPOSED:
-        return first * first_cos + second * second_sin, second * second_cos - first * first_sin
-    return first * first_cos - second * first_sin, second * second_cos + first * second_sin
+        other_half = half + ROT // 2
+        x1 = tl.load(x_ptrs + half, mask=mask & half_mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        x2 = tl.load(x_ptrs + other_half, mask=mask & half_mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        cos1 = tl.load(cos_ptrs + half, mask=half_mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        sin1 = tl.load(sin_ptrs + half, mask=half_mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        cos2, sin2 = cos1, sin1
+        if not PER_PAIR:
+            cos2 = tl.load(cos_ptrs + other_half, mask=half_mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+            sin2 = tl.load(sin_ptrs + other_half, mask=half_mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        first = x1 * cos1 + x2 * sin2 if TRANSPOSED else x1 * cos1 - x2 * sin1
+        second = x2 * cos2 - x1 * sin1 if TRANSPOSED else x2 * cos2 + x1 * sin2
+    return first, second
 
 
 @triton.jit
@@ -164,11 +166,11 @@ def _store(y_ptrs, first, second, mask, ROT: tl.constexpr, BLOCK: tl.constexpr, 
     kind = y_ptrs.dtype.element_ty
     if INTERLEAVED:
         cols = tl.arange(0, 2 * BLOCK)[None, :]
-        tl.store(y_ptrs + cols, first.to(kind), mask=mask & (cols < ROT))
+        tl.store(y_ptrs + cols, first.to(kind), mask=mask & (cols < ROT), eviction_policy="evict_first")
     else:
         half = tl.arange(0, BLOCK)[None, :]
-        tl.store(y_ptrs + half, first.to(kind), mask=mask & (half < ROT // 2))
-        tl.store(y_ptrs + (ROT // 2) + half, second.to(kind), mask=mask & (half < ROT // 2))
+        tl.store(y_ptrs + half, first.to(kind), mask=mask & (half < ROT // 2), eviction_policy="evict_first")
+        tl.store(y_ptrs + (ROT // 2) + half, second.to(kind), mask=mask & (half < ROT // 2), eviction_policy="evict_first")
 
 
 @triton.jit(
@@ -245,13 +247,14 @@ def _rope_kernel(
     # Everything is read before anything is written: a store keeps later loads from being moved before it.
     if ROT < DIM:
         rest = ROT + tl.arange(0, REST_BLOCK)[None, :]
-        q_rest = tl.load(q_ptrs + rest, mask=q_mask & (rest < DIM), other=0.0)
-        k_rest = tl.load(k_ptrs + rest, mask=k_mask & (rest < DIM), other=0.0)
+        q_rest = tl.load(q_ptrs + rest, mask=q_mask & (rest < DIM), other=0.0, eviction_policy="evict_last")
+        k_rest = tl.load(k_ptrs + rest, mask=k_mask & (rest < DIM), other=0.0, eviction_policy="evict_last")
     _store(q_out_ptrs, q_first, q_second, q_mask, ROT, BLOCK, INTERLEAVED)
     _store(k_out_ptrs, k_first, k_second, k_mask, ROT, BLOCK, INTERLEAVED)
     if ROT < DIM:
-        tl.store(q_out_ptrs + rest, q_rest.to(q_out_ptr.dtype.element_ty), mask=q_mask & (rest < DIM))
-        tl.store(k_out_ptrs + rest, k_rest.to(k_out_ptr.dtype.element_ty), mask=k_mask & (rest < DIM))
+        kind = q_out_ptr.dtype.element_ty
+        tl.store(q_out_ptrs + rest, q_rest.to(kind), mask=q_mask & (rest < DIM), eviction_policy="evict_first")
+        tl.store(k_out_ptrs + rest, k_rest.to(kind), mask=k_mask & (rest < DIM), eviction_policy="evict_first")
 
 
 _ROPE = Kernel(_rope_kernel)
