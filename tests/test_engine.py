@@ -17,10 +17,10 @@ from torch import nn
 
 import oslo_fusion
 from oslo_fusion import ConfigError, PlanError, RefusalError, engine, surgery
+from oslo_fusion.kernels import glu_sites
 from oslo_fusion.passes import PASSES
 from oslo_fusion.plan import Proposal, Site, Swap, collapse_paths
 from oslo_fusion.testing import assert_close_to_reference
-from oslo_fusion.triton import glu_sites
 
 OFF = {"kernel_fusion": {"enable": True, "autotune": "off"}}
 MODELS = ("gpt2", "bert", "roberta", "t5", "t5-v1_1", "bart", "vit", "opt", "llama")
@@ -259,8 +259,8 @@ def test_two_rooms_want_one_site_and_the_first_gets_it(
     name: str, gated: int, build: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, plan, found = with_kernels(build, name, monkeypatch, pretended=True)
-    assert found["triton", GATED, "fused"] == gated
-    assert not any(room == "jit" and kind in (GATED, ONE) for room, kind, _ in found), "claimed by the triton room"
+    assert found["kernels", GATED, "fused"] == gated
+    assert not any(room == "jit" and kind in (GATED, ONE) for room, kind, _ in found), "claimed by the kernels room"
     assert found["jit", RESIDUAL, "fused"] == WITH_FUSER[name].get((RESIDUAL, "fused"), 0), "none of it is in the way"
     given = inputs(model, name)
     before = output(model, given)
@@ -272,7 +272,7 @@ def test_two_rooms_want_one_site_and_the_first_gets_it(
 @pytest.mark.usefixtures("fuser_pretended")
 def test_what_the_first_room_refuses_the_second_takes(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, found = with_kernels(build, "llama", monkeypatch, pretended=False)
-    assert found["triton", GATED, "refused"] == found["jit", GATED, "fused"] == 2
+    assert found["kernels", GATED, "refused"] == found["jit", GATED, "fused"] == 2
 
 
 @pytest.mark.usefixtures("fuser_pretended")

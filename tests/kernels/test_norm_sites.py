@@ -15,10 +15,10 @@ from oslo_fusion import surgery
 from oslo_fusion.config import FusionConfig
 from oslo_fusion.decide import Scope
 from oslo_fusion.environment import environment
+from oslo_fusion.kernels import norm_sites
+from oslo_fusion.kernels.norm_sites import FusedNorm, Norm, NormPass, recognise, recognise_norm
 from oslo_fusion.plan import Proposal
 from oslo_fusion.testing import assert_close_to_reference
-from oslo_fusion.triton import norm_sites
-from oslo_fusion.triton.norm_sites import FusedNorm, Norm, NormPass, recognise, recognise_norm
 
 ALL = FusionConfig(enable=True, custom_cuda_kernels=("all",), autotune="off")
 SMALL = {

@@ -17,12 +17,12 @@ from oslo_fusion import probe, surgery
 from oslo_fusion.config import FusionConfig
 from oslo_fusion.decide import Scope
 from oslo_fusion.environment import environment
+from oslo_fusion.kernels import glu_sites
+from oslo_fusion.kernels.glu_sites import FusedGLU, GatedMLPPass
 from oslo_fusion.ops import glu as op
 from oslo_fusion.plan import Proposal, Timing
 from oslo_fusion.recognition.mlp import GATED, MERGED, recognise_mlp
 from oslo_fusion.testing import assert_close_to_reference
-from oslo_fusion.triton import glu_sites
-from oslo_fusion.triton.glu_sites import FusedGLU, GatedMLPPass
 
 BOTH = ("FusedSwiGLU", "FusedGeGLU")
 WISH = FusionConfig(enable=True, custom_cuda_kernels=BOTH, autotune="off")
@@ -212,7 +212,7 @@ def test_models_obey_the_law_on_a_gpu_beside_torchscript(
     twin = copy.deepcopy(model)
     block = {"enable": True, "autotune": autotune, "custom_cuda_kernels": list(BOTH)}
     oslo_fusion.initialize(model, {"kernel_fusion": block})
-    proposals = [p for p in oslo_fusion.report(model).plan.proposals if p.room == "triton" and p.site.kind == GATED]
+    proposals = [p for p in oslo_fusion.report(model).plan.proposals if p.room == "kernels" and p.site.kind == GATED]
     assert len(proposals) == FAMILIES[name][2]
     if autotune == "off":
         assert {p.outcome for p in proposals} == {"fused"}, proposals[0].reason

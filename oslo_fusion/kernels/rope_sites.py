@@ -32,10 +32,10 @@ from oslo_fusion import probe
 from oslo_fusion.config import FusionConfig
 from oslo_fusion.decide import HALF, Scope, Verdict, decide, placement, propose, random, refuse, signature
 from oslo_fusion.environment import Environment
+from oslo_fusion.kernels.norm_sites import missing_kernel
 from oslo_fusion.ops.kernels import is_plain
 from oslo_fusion.ops.rope import dense_strides, memory_order, rope, rope_reference
 from oslo_fusion.plan import NOTHING_TAKEN, Proposal, Site, Taken, leave
-from oslo_fusion.triton.norm_sites import missing_kernel
 
 ROOM = "triton"
 KIND = "rope"

@@ -32,13 +32,13 @@ from oslo_fusion.decide import (
     refuse,
 )
 from oslo_fusion.environment import Environment
+from oslo_fusion.kernels.norm_sites import ROOM, missing_kernel
 from oslo_fusion.ops.glu import glu, halves, merged_glu
 from oslo_fusion.ops.kernels import is_plain
 from oslo_fusion.plan import NOTHING_TAKEN, Proposal, Site, Taken, leave
 from oslo_fusion.recognition.activation import MEANINGS
 from oslo_fusion.recognition.mlp import GATED, LINEAR_ACTIVATION, MERGED, MLP, recognise_mlp
 from oslo_fusion.recognition.trace import has_hooks, run_chain
-from oslo_fusion.triton.norm_sites import ROOM, missing_kernel
 
 KERNELS = {"FusedSwiGLU": ("silu",), "FusedGeGLU": ("gelu", "gelu_tanh")}
 """What ``custom_cuda_kernels`` calls them, and the activations of the gate."""

@@ -20,10 +20,8 @@ from transformers.models.llama import modeling_llama
 from oslo_fusion import surgery
 from oslo_fusion.config import FusionConfig
 from oslo_fusion.environment import environment
-from oslo_fusion.plan import Proposal
-from oslo_fusion.testing import assert_close_to_reference
-from oslo_fusion.triton import rope_sites
-from oslo_fusion.triton.rope_sites import (
+from oslo_fusion.kernels import rope_sites
+from oslo_fusion.kernels.rope_sites import (
     GLOBAL,
     Convention,
     FusedRoPEAttention,
@@ -34,6 +32,8 @@ from oslo_fusion.triton.rope_sites import (
     sizes_of,
     with_global,
 )
+from oslo_fusion.plan import Proposal
+from oslo_fusion.testing import assert_close_to_reference
 
 WISH = FusionConfig(enable=True, custom_cuda_kernels=("FusedRoPE",), autotune="off")
 SMALL = {
@@ -250,7 +250,7 @@ def test_copies_pickles_and_restoring(used: list[Any], kernels_pretended: None, 
     torch.save((model, given, expected), tmp_path / "model.pt")
     code = """if True:
         import sys, torch
-        from oslo_fusion.triton.rope_sites import Convention
+        from oslo_fusion.kernels.rope_sites import Convention
         calls, call = [], Convention.__call__
         Convention.__call__ = lambda self, *a, **k: calls.append(1) or call(self, *a, **k)
         torch.set_num_threads(1)

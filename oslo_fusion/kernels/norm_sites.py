@@ -32,7 +32,7 @@ from oslo_fusion.ops.layer_norm import layer_norm, layer_norm_reference
 from oslo_fusion.ops.rms_norm import rms_norm, rms_norm_reference
 from oslo_fusion.plan import NOTHING_TAKEN, Proposal, Site, Taken, leave
 
-ROOM = "triton"
+ROOM = "kernels"
 KIND = "norm"
 KERNELS = {"FusedRMSNorm": "rms_norm", "FusedLayerNorm": "layer_norm"}
 """What ``custom_cuda_kernels`` calls them, and the operation."""

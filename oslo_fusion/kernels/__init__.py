@@ -1,0 +1,10 @@
+"""The kernels room: sites that are given one kernel of :mod:`oslo_fusion.ops`, in whatever language it is fast here.
+
+How an operation is fast stands in ``triton/`` and ``csrc/``; where it goes into a model, here.
+"""
+
+from oslo_fusion.kernels.glu_sites import GatedMLPPass
+from oslo_fusion.kernels.norm_sites import NormPass
+from oslo_fusion.kernels.rope_sites import RotaryPass
+
+__all__ = ["GatedMLPPass", "NormPass", "RotaryPass"]
