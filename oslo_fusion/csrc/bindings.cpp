@@ -12,6 +12,7 @@
 // <torch/extension.h> is not included on purpose: it parses all of torch's C++ frontend, which multiplies the build time.
 
 #include "no_repeat_ngram.h"
+#include "rms_norm.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -95,13 +96,19 @@ std::map<std::string, std::string> build_info() {
 TORCH_LIBRARY_IMPL(oslo_fusion, CPU, m) {
   m.impl("no_repeat_ngram_", &oslo_fusion::no_repeat_ngram_cpu_);
   m.impl("no_repeat_ngram", &oslo_fusion::no_repeat_ngram_cpu);
+  m.impl("rms_norm", &oslo_fusion::rms_norm_cpu);
+  m.impl("add_rms_norm", &oslo_fusion::add_rms_norm_cpu);
+  m.impl("rms_norm_backward", &oslo_fusion::rms_norm_backward_cpu);
 }
 
 #if defined(OSLO_FUSION_WITH_CUDA)
-// Triton's kernel holds the CUDA key of the plain name, so this one has a name of its own.
+// Triton's kernels hold the CUDA key of the plain names, so these have names of their own.
 TORCH_LIBRARY_IMPL(oslo_fusion, CUDA, m) {
   m.impl("no_repeat_ngram_cuda_", &oslo_fusion::no_repeat_ngram_cuda_);
   m.impl("no_repeat_ngram_cuda", &oslo_fusion::no_repeat_ngram_cuda);
+  m.impl("rms_norm_cuda", &oslo_fusion::rms_norm_cuda);
+  m.impl("add_rms_norm_cuda", &oslo_fusion::add_rms_norm_cuda);
+  m.impl("rms_norm_backward_cuda", &oslo_fusion::rms_norm_backward_cuda);
 }
 #endif
 

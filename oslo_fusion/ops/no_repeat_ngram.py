@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from oslo_fusion import extension
-from oslo_fusion.errors import ConfigError, ExtensionError
+from oslo_fusion.errors import ConfigError
+from oslo_fusion.ops import kernels
 from oslo_fusion.ops.kernels import find_kernels, is_plain, wants_gradient
 
 NAME = "no_repeat_ngram"
-KERNELS = ("auto", "triton", "cuda")
 SCORES_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IDS_DTYPES = (torch.int32, torch.int64)
 
@@ -161,14 +161,14 @@ def no_repeat_ngram_reference(
 
 def _first_call_(scores: Tensor, *arguments: Any) -> None:
     """Answers until a kernel is registered over it: looks for one, which registers itself if it is there."""
-    kernels = _find_launchers(scores)
-    (no_repeat_ngram_reference_ if kernels is None else kernels.launch_no_repeat_ngram_)(scores, *arguments)
+    launchers = _find_launchers(scores)
+    (no_repeat_ngram_reference_ if launchers is None else launchers.launch_no_repeat_ngram_)(scores, *arguments)
 
 
 def _first_call(scores: Tensor, *arguments: Any) -> Tensor:
     """As :func:`_first_call_`, for the functional operator."""
-    kernels = _find_launchers(scores)
-    launch = no_repeat_ngram_reference if kernels is None else kernels.launch_no_repeat_ngram
+    launchers = _find_launchers(scores)
+    launch = no_repeat_ngram_reference if launchers is None else launchers.launch_no_repeat_ngram
     return cast(Tensor, launch(scores, *arguments))
 
 
@@ -220,48 +220,12 @@ for _name, _answer_, _answer in (
 # --- which kernel answers -------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def implementation(device_type: str, kernel: str = "auto") -> str:
-    """Which implementation answers on a device: ``c++``, ``cuda``, ``triton`` or ``reference``. Loads it.
+    """Which implementation answers on a device, see :func:`oslo_fusion.ops.kernels.implementation`. Loads it.
 
-    Args:
-        device_type: ``cpu``, ``cuda``, …
-        kernel: what is wanted on a GPU. ``auto`` takes the extension's CUDA kernel where it was built (its launch costs the
-            host less), else Triton's, else the reference. On the CPU the extension's C++ kernel answers where it was built.
-
-    Raises:
-        ConfigError: an unknown ``kernel``.
-        ExtensionError: ``cuda`` is wanted and the extension cannot be used or was built without CUDA.
-        ImportError: ``triton`` is wanted and is not installed.
+    ``auto`` takes the extension's CUDA kernel where it was built, because its launch costs the host less.
     """
-    if kernel not in KERNELS:
-        raise _error("kernel", repr(kernel), ", ".join(KERNELS), "kernel='auto'")
-    if device_type == "cpu":
-        extension.failure()
-        return "c++" if _has_kernel(f"{NAME}_", "CPU") else "reference"
-    if device_type != "cuda":
-        return "reference"
-    if kernel != "triton":
-        extension.failure()
-        if _has_kernel(f"{NAME}_cuda_", "CUDA"):
-            return "cuda"
-    if kernel == "cuda":
-        extension.load()
-        raise ExtensionError(
-            f"{NAME}: kernel='cuda', but the extension was built without CUDA. Remedy: install it again with "
-            "OSLO_FUSION_CUDA=1, or use kernel='triton'."
-        )
-    if find_kernels(NAME) is not None:
-        return "triton"
-    if kernel == "triton":
-        raise ImportError(
-            f"{NAME}: kernel='triton', but triton is not installed. Remedy: pip install triton, or kernel='auto'."
-        )
-    return "reference"
-
-
-def _has_kernel(operator: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"oslo_fusion::{operator}", key)
+    return kernels.implementation(NAME, device_type, kernel)
 
 
 @functools.cache
@@ -269,10 +233,10 @@ def _functions(device_type: str, kernel: str) -> tuple[Any, Any, Any, Any]:
     """In place and functional: the operators, then what may be called past the dispatcher."""
     answers = implementation(device_type, kernel)
     in_place, functional = _operators(answers)
-    kernels = find_kernels(NAME) if answers == "triton" else None
-    if kernels is None:
+    launchers = find_kernels(NAME) if answers == "triton" else None
+    if launchers is None:
         return in_place, functional, in_place, functional
-    return in_place, functional, kernels.launch_no_repeat_ngram_, kernels.launch_no_repeat_ngram
+    return in_place, functional, launchers.launch_no_repeat_ngram_, launchers.launch_no_repeat_ngram
 
 
 def _operators(answers: str) -> tuple[Any, Any]:

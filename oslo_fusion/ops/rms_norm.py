@@ -17,19 +17,24 @@ Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.074
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from oslo_fusion.errors import ConfigError
+from oslo_fusion.ops import kernels
 from oslo_fusion.ops.kernels import find_kernels, is_plain, wants_gradient
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _check(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, out_dtype: torch.dtype | None) -> None:
-    """Raise ConfigError for what no implementation can compute. Called first by the reference and by every launcher."""
+    """Raise ConfigError for what no implementation can compute. Called first by the reference and by every launcher.
+
+    Those in C++ have the same conditions in ``csrc/rms_norm.h``.
+    """
     if x.dtype not in DTYPES:
         raise ConfigError(
             f"rms_norm: x: received dtype {x.dtype}, allowed are half, bfloat16, float and double. Remedy: x.float()"
@@ -144,43 +149,103 @@ def rms_norm_backward_reference(
     return dx, (g * normed).reshape(-1, s.shape[-1]).sum(0).to(weight.dtype)
 
 
+# --- which kernel answers ----------------------------------------------------------------------------------------------------
+
+
+class Launchers(NamedTuple):
+    """What computes the norm: functions with the arguments of the references."""
+
+    forward: Any
+    backward: Any
+
+
+def implementation(device_type: str, kernel: str = "auto") -> str:
+    """Which implementation answers on a device, see :func:`oslo_fusion.ops.kernels.implementation`. Loads it.
+
+    ``auto`` takes Triton's on a GPU, which is the one that is measured, and the extension's where there is no triton.
+    """
+    return kernels.implementation("rms_norm", device_type, kernel, first="triton")
+
+
+@functools.cache
+def launchers(device_type: str, kernel: str = "auto") -> Launchers:
+    """The functions to call past the dispatcher, for tensors of a device."""
+    answers = implementation(device_type, kernel)
+    triton = find_kernels("rms_norm") if answers == "triton" else None
+    if triton is not None:
+        return Launchers(triton.launch_rms_norm, triton.launch_rms_norm_backward)
+    if answers == "c++":
+        return _compiled_launchers("", torch._C.DispatchKey.CPU)
+    if answers == "cuda":
+        return _compiled_launchers("_cuda", torch._C.DispatchKey.CUDA)
+    return Launchers(rms_norm_reference, rms_norm_backward_reference)
+
+
+def _compiled_launchers(suffix: str, key: Any) -> Launchers:
+    """The extension's kernels. Called without the keys above theirs, which would cost 4 µs a call and do nothing."""
+    namespace, keys = torch.ops.oslo_fusion, torch._C.DispatchKeySet(key)
+    norm = getattr(namespace, f"{_NORM}{suffix}").default.redispatch
+    add_norm = getattr(namespace, f"{_ADD_NORM}{suffix}").default.redispatch
+    backward = getattr(namespace, f"{_BACKWARD}{suffix}").default.redispatch
+
+    def launch(
+        x: Tensor,
+        weight: Tensor | None,
+        residual: Tensor | None,
+        eps: float,
+        weight_offset: float,
+        out_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        try:
+            if residual is None:
+                y, rstd = norm(keys, x, weight, eps, weight_offset, out_dtype)
+                return y, x, rstd
+            y, s, rstd = add_norm(keys, x, residual, weight, eps, weight_offset, out_dtype)
+        except ValueError:
+            _check(x, weight, residual, eps, out_dtype)  # the same condition as a ConfigError
+            raise
+        return y, s, rstd
+
+    return Launchers(launch, functools.partial(backward, keys))
+
+
 # --- the operators -----------------------------------------------------------------------------------------------------------
 # Two forward operators, because an operator may return neither its input nor None. The registrations are torch.library's
 # plainest (define and impl): `custom_op` and `triton_op` cost 7 to 10 µs more per call.
+
+#
+# One dispatch key holds one kernel, so the extension's CUDA kernels, which stand beside Triton's, have names of their own, with
+# _cuda behind them. Whichever kernel is missing, the reference answers.
 
 _LIBRARY = torch.library.Library("oslo_fusion", "FRAGMENT")
 _NORM, _ADD_NORM, _BACKWARD = "rms_norm", "add_rms_norm", "rms_norm_backward"
 _TAG = torch.Tag.pt2_compliant_tag
 _OPTIONS = "float eps, float weight_offset, ScalarType? out_dtype"
-_LIBRARY.define(f"{_NORM}(Tensor x, Tensor? weight, {_OPTIONS}) -> (Tensor y, Tensor rstd)", tags=_TAG)
-_LIBRARY.define(
-    f"{_ADD_NORM}(Tensor x, Tensor residual, Tensor? weight, {_OPTIONS}) -> (Tensor y, Tensor s, Tensor rstd)", tags=_TAG
-)
-_LIBRARY.define(
-    f"{_BACKWARD}(Tensor dy, Tensor? ds, Tensor s, Tensor? weight, Tensor rstd, float weight_offset, bool weight_gradient)"
+_SCHEMAS = {
+    _NORM: f"(Tensor x, Tensor? weight, {_OPTIONS}) -> (Tensor y, Tensor rstd)",
+    _ADD_NORM: f"(Tensor x, Tensor residual, Tensor? weight, {_OPTIONS}) -> (Tensor y, Tensor s, Tensor rstd)",
+    _BACKWARD: "(Tensor dy, Tensor? ds, Tensor s, Tensor? weight, Tensor rstd, float weight_offset, bool weight_gradient)"
     " -> (Tensor dx, Tensor dweight)",
-    tags=_TAG,
-)
+}
+for _name, _schema in _SCHEMAS.items():
+    for _suffix in ("", "_cuda"):
+        _LIBRARY.define(f"{_name}{_suffix}{_schema}", tags=_TAG)
 
 
-# Importing the kernels registers them over these three, so that each sees at most one CUDA tensor in a process that has triton.
+# Finding the kernels registers them over these, so that each sees at most one tensor of a device that has some.
 
 
 def _norm_default(
     x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, out_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    kernels = find_kernels("rms_norm") if x.is_cuda else None
-    forward = rms_norm_reference if kernels is None else kernels.launch_rms_norm
-    y, _, rstd = forward(x, weight, None, eps, weight_offset, out_dtype)
+    y, _, rstd = launchers(x.device.type).forward(x, weight, None, eps, weight_offset, out_dtype)
     return y, rstd
 
 
 def _add_norm_default(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, out_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = find_kernels("rms_norm") if x.is_cuda else None
-    forward = rms_norm_reference if kernels is None else kernels.launch_rms_norm
-    y, s, rstd = forward(x, weight, residual, eps, weight_offset, out_dtype)
+    y, s, rstd = launchers(x.device.type).forward(x, weight, residual, eps, weight_offset, out_dtype)
     return y, s, rstd
 
 
@@ -193,15 +258,32 @@ def _backward_default(
     weight_offset: float,
     weight_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    kernels = find_kernels("rms_norm") if s.is_cuda else None
-    backward = rms_norm_backward_reference if kernels is None else kernels.launch_rms_norm_backward
-    dx, dweight = backward(dy, ds, s, weight, rstd, weight_offset, weight_gradient)
+    dx, dweight = launchers(s.device.type).backward(dy, ds, s, weight, rstd, weight_offset, weight_gradient)
     return dx, dweight
 
 
-_LIBRARY.impl(_NORM, _norm_default, "CompositeExplicitAutograd")
-_LIBRARY.impl(_ADD_NORM, _add_norm_default, "CompositeExplicitAutograd")
-_LIBRARY.impl(_BACKWARD, _backward_default, "CompositeExplicitAutograd")
+def _norm_cuda_default(
+    x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    y, _, rstd = rms_norm_reference(x, weight, None, eps, weight_offset, out_dtype)
+    return y, rstd
+
+
+def _add_norm_cuda_default(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return rms_norm_reference(x, weight, residual, eps, weight_offset, out_dtype)
+
+
+for _name, _default in (
+    (_NORM, _norm_default),
+    (_ADD_NORM, _add_norm_default),
+    (_BACKWARD, _backward_default),
+    (f"{_NORM}_cuda", _norm_cuda_default),
+    (f"{_ADD_NORM}_cuda", _add_norm_cuda_default),
+    (f"{_BACKWARD}_cuda", rms_norm_backward_reference),
+):
+    _LIBRARY.impl(_name, _default, "CompositeExplicitAutograd")
 
 
 def register_kernels(norm: Any, add_norm: Any, backward: Any, key: str) -> None:
@@ -241,7 +323,8 @@ def _backward_fake(
 
 
 for _name, _fake in ((_NORM, _norm_fake), (_ADD_NORM, _add_norm_fake), (_BACKWARD, _backward_fake)):
-    torch.library.register_fake(f"oslo_fusion::{_name}", _fake, lib=_LIBRARY)
+    for _suffix in ("", "_cuda"):
+        torch.library.register_fake(f"oslo_fusion::{_name}{_suffix}", _fake, lib=_LIBRARY)
 
 # --- the gradient ------------------------------------------------------------------------------------------------------------
 
@@ -253,6 +336,7 @@ def _gradients(
     eps: float,
     weight_offset: float,
     weight_wanted: bool,
+    kernel: str,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of ``s`` and ``weight`` from those of ``y`` and ``s``, None where nothing arrives."""
     s, weight, rstd = saved
@@ -261,49 +345,58 @@ def _gradients(
     if torch.is_grad_enabled():  # create_graph: only plain PyTorch can be differentiated once more, through rstd as well
         dx, dweight = rms_norm_backward_reference(dy, ds, s, weight, _reciprocal(s, eps), weight_offset, weight_wanted)
     else:
-        kernels = find_kernels("rms_norm") if s.is_cuda and is_plain(dy, ds, s, weight) else None
-        backward = RMS_NORM_BACKWARD if kernels is None else kernels.launch_rms_norm_backward
+        plain = is_plain(dy, ds, s, weight)
+        backward = launchers(s.device.type, kernel).backward if plain else _operators(kernel)[2]
         dx, dweight = backward(dy, ds, s, weight, rstd, weight_offset, weight_wanted)
     return dx, dweight if weight_wanted else None
 
 
-def _norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, ctx.eps, ctx.weight_offset, _ = inputs
-    ctx.save_for_backward(x, weight, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+def _register_gradients(suffix: str, kernel: str) -> None:
+    def norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, ctx.eps, ctx.weight_offset, _ = inputs
+        ctx.save_for_backward(x, weight, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    def norm_backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[1]
+        dx, dweight = _gradients(dy, None, ctx.saved_tensors, ctx.eps, ctx.weight_offset, wanted, kernel)
+        return dx, dweight, None, None, None
+
+    def add_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, residual, weight, ctx.eps, ctx.weight_offset, _ = inputs
+        ctx.x_dtype, ctx.residual_dtype = x.dtype, residual.dtype
+        ctx.save_for_backward(output[1], weight, output[2])
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
+
+    def add_norm_backward(ctx: Any, dy: Tensor | None, ds: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[2]
+        d, dweight = _gradients(dy, ds, ctx.saved_tensors, ctx.eps, ctx.weight_offset, wanted, kernel)
+        if d is None:
+            return None, None, dweight, None, None, None
+        return d.to(ctx.x_dtype), d.to(ctx.residual_dtype), dweight, None, None, None
+
+    register = functools.partial(torch.library.register_autograd, lib=_LIBRARY)
+    register(f"oslo_fusion::{_NORM}{suffix}", norm_backward, setup_context=norm_context)
+    register(f"oslo_fusion::{_ADD_NORM}{suffix}", add_norm_backward, setup_context=add_norm_context)
 
 
-def _norm_backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    dx, dweight = _gradients(dy, None, ctx.saved_tensors, ctx.eps, ctx.weight_offset, ctx.needs_input_grad[1])
-    return dx, dweight, None, None, None
-
-
-def _add_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, residual, weight, ctx.eps, ctx.weight_offset, _ = inputs
-    ctx.x_dtype, ctx.residual_dtype = x.dtype, residual.dtype
-    ctx.save_for_backward(output[1], weight, output[2])
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _add_norm_backward(ctx: Any, dy: Tensor | None, ds: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    d, dweight = _gradients(dy, ds, ctx.saved_tensors, ctx.eps, ctx.weight_offset, ctx.needs_input_grad[2])
-    if d is None:
-        return None, None, dweight, None, None, None
-    return d.to(ctx.x_dtype), d.to(ctx.residual_dtype), dweight, None, None, None
-
-
-torch.library.register_autograd(f"oslo_fusion::{_NORM}", _norm_backward, setup_context=_norm_context, lib=_LIBRARY)
-torch.library.register_autograd(f"oslo_fusion::{_ADD_NORM}", _add_norm_backward, setup_context=_add_norm_context, lib=_LIBRARY)
+_register_gradients("", "auto")
+_register_gradients("_cuda", "cuda")
 
 RMS_NORM = torch.ops.oslo_fusion.rms_norm.default
 ADD_RMS_NORM = torch.ops.oslo_fusion.add_rms_norm.default
 RMS_NORM_BACKWARD = torch.ops.oslo_fusion.rms_norm_backward.default
+_CUDA = tuple(getattr(torch.ops.oslo_fusion, f"{name}_cuda").default for name in _SCHEMAS)
+
+
+def _operators(kernel: str) -> tuple[Any, ...]:
+    return _CUDA if kernel == "cuda" else (RMS_NORM, ADD_RMS_NORM, RMS_NORM_BACKWARD)
 
 
 class _Norm(torch.autograd.Function):
-    """The operators and their gradient for plain eager code on a GPU: launches, and nothing between."""
+    """The operators and their gradient for plain eager code: launches, and nothing between."""
 
     @staticmethod
     def forward(
@@ -314,23 +407,22 @@ class _Norm(torch.autograd.Function):
         eps: float,
         weight_offset: float,
         out_dtype: torch.dtype | None,
+        kernel: str,
     ) -> Any:
-        kernels = find_kernels("rms_norm")
-        assert kernels is not None
-        y, s, rstd = kernels.launch_rms_norm(x, weight, residual, eps, weight_offset, out_dtype)
+        y, s, rstd = launchers(x.device.type, kernel).forward(x, weight, residual, eps, weight_offset, out_dtype)
         ctx.save_for_backward(s, weight, rstd)
         ctx.set_materialize_grads(False)
-        ctx.eps, ctx.weight_offset = eps, weight_offset
+        ctx.eps, ctx.weight_offset, ctx.kernel = eps, weight_offset, kernel
         ctx.dtypes = x.dtype, x.dtype if residual is None else residual.dtype
         return y if residual is None else (y, s)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None = None) -> Any:
         x_wanted, residual_wanted, weight_wanted, *_ = ctx.needs_input_grad
-        d, dweight = _gradients(dy, ds, ctx.saved_tensors, ctx.eps, ctx.weight_offset, weight_wanted)
+        d, dweight = _gradients(dy, ds, ctx.saved_tensors, ctx.eps, ctx.weight_offset, weight_wanted, ctx.kernel)
         dx = d.to(ctx.dtypes[0]) if x_wanted and d is not None else None
         dresidual = d.to(ctx.dtypes[1]) if residual_wanted and d is not None else None
-        return dx, dresidual, dweight, None, None, None
+        return dx, dresidual, dweight, None, None, None, None
 
 
 def rms_norm(
@@ -341,6 +433,7 @@ def rms_norm(
     residual: Tensor | None = None,
     weight_offset: float = 0.0,
     out_dtype: torch.dtype | None = None,
+    kernel: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scale every row to a root mean square of one, then by ``weight``: in one kernel forward and two backward.
 
@@ -353,23 +446,26 @@ def rms_norm(
         residual: ``[*batch, dim]`` to add to ``x`` first, or None.
         weight_offset: added to the weight in float32: 1 for Gemma.
         out_dtype: dtype of the norm; by default the promoted dtype of ``s`` and ``weight``.
+        kernel: ``triton``, ``cuda`` or ``auto``, see :func:`implementation`.
 
     Returns:
         The norm ``[*batch, dim]``, contiguous. With a residual: the norm and ``s``, both contiguous.
 
     Raises:
-        ConfigError: a shape, dtype, device or eps that has no meaning here.
+        ConfigError: a shape, dtype, device, eps or kernel that has no meaning here.
+        ImportError: the kernel that is asked for is not here.
     """
-    if x.is_cuda and not torch.compiler.is_compiling() and is_plain(x, weight, residual):
-        kernels = find_kernels("rms_norm")
-        if kernels is not None:
+    if not torch.compiler.is_compiling():
+        answers = launchers(x.device.type, kernel)
+        if is_plain(x, weight, residual):
             if wants_gradient(x, weight, residual):
-                result: Tensor | tuple[Tensor, Tensor] = _Norm.apply(x, residual, weight, eps, weight_offset, out_dtype)
+                result: Tensor | tuple[Tensor, Tensor] = _Norm.apply(x, residual, weight, eps, weight_offset, out_dtype, kernel)
                 return result
-            y, s, _ = kernels.launch_rms_norm(x, weight, residual, eps, weight_offset, out_dtype)
+            y, s, _ = answers.forward(x, weight, residual, eps, weight_offset, out_dtype)
             return y if residual is None else (y, s)
+    norm_operator, add_norm_operator, _ = _operators(kernel)
     if residual is None:
-        norm: Tensor = RMS_NORM(x, weight, eps, weight_offset, out_dtype)[0]
+        norm: Tensor = norm_operator(x, weight, eps, weight_offset, out_dtype)[0]
         return norm
-    y, s, _ = ADD_RMS_NORM(x, residual, weight, eps, weight_offset, out_dtype)
+    y, s, _ = add_norm_operator(x, residual, weight, eps, weight_offset, out_dtype)
     return y, s

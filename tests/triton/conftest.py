@@ -138,13 +138,16 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def rerun_interpreted(request: pytest.FixtureRequest) -> Callable[[], None]:
-    """``rerun_interpreted()``: run the tests of this file that use ``device`` in a process with the interpreter."""
+def rerun_interpreted(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``rerun_interpreted()``: run the tests of this file that use ``device`` in a process with the interpreter.
 
-    def rerun() -> None:
+    With arguments: those of pytest, in place of this file.
+    """
+
+    def rerun(*arguments: str) -> None:
         if INTERPRETED:
             pytest.skip("this is the rerun")
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(request.path)]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(arguments or (str(request.path),))]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
         environment.pop("PYTEST_XDIST_WORKER", None)

@@ -22,8 +22,12 @@ EPS = 1e-5
 NAMES = ("y", "s", "rstd", "dx", "dweight")
 
 
-def test_this_file_interpreted(rerun_interpreted: Callable[[], None]) -> None:
+def test_this_file_interpreted(rerun_interpreted: Callable[..., None]) -> None:
     rerun_interpreted()
+
+
+def test_what_every_implementation_must_do_interpreted(rerun_interpreted: Callable[..., None]) -> None:
+    rerun_interpreted("tests/ops/test_rms_norm.py", "-k", "triton and not law")
 
 
 @pytest.fixture
