@@ -26,6 +26,7 @@ BLOCK = "kernel_fusion"
 KERNELS = ("FusedRMSNorm", "FusedLayerNorm", "FusedSwiGLU", "FusedGeGLU", "FusedRoPE", "FusedNoRepeatNGram")
 """Names that ``custom_cuda_kernels`` may hold. A plan refuses by name what this version has no room for."""
 
+KERNEL = ("auto", "triton", "cuda")
 AUTOTUNE = ("off", "cached", "full")
 ON_REFUSAL = ("report", "raise")
 _FILE_ENDINGS = (".yaml", ".yml", ".json")
@@ -44,6 +45,9 @@ class FusionConfig:
             ``FusedSwiGLU`` and ``FusedGeGLU`` for gated MLPs, ``FusedRoPE`` for the rotary embedding of attention,
             ``FusedNoRepeatNGram`` for n-gram blocking in ``generate``; ``("all",)`` for all. The plan refuses by name what
             this version does not have.
+        kernel: which implementation of a kernel is used where there are several: ``triton`` or ``cuda`` (the compiled
+            extension's) and no other, so that a site without it is refused; ``auto`` the fastest on this device, on the CPU
+            the extension's C++ kernel.
         autotune: ``off`` takes every fusion that is correct; ``cached`` takes those measured to be faster on this
             device, each measured once and, on a GPU, remembered from process to process; ``full`` measures again.
         verify: run the model on a sample input before and after, and put the difference into the report.
@@ -56,6 +60,7 @@ class FusionConfig:
     enable: bool = False
     memory_efficient_fusion: bool = False
     custom_cuda_kernels: tuple[str, ...] = ()
+    kernel: str = "auto"
     autotune: str = "cached"
     verify: bool = False
     on_refusal: str = "report"
@@ -69,7 +74,7 @@ class FusionConfig:
                     remedy = "the block form belongs to the AOT room, which this version does not have; " + remedy
                 raise _wrong(name, value, "true or false", remedy)
         object.__setattr__(self, "custom_cuda_kernels", _kernel_names(self.custom_cuda_kernels))
-        for name, allowed in (("autotune", AUTOTUNE), ("on_refusal", ON_REFUSAL)):
+        for name, allowed in (("kernel", KERNEL), ("autotune", AUTOTUNE), ("on_refusal", ON_REFUSAL)):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in allowed:
                 raise _wrong(name, value, " | ".join(allowed), _nearest(value, allowed))

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oslo_fusion import extension, probe
+from oslo_fusion import probe
 from oslo_fusion.config import FusionConfig
 from oslo_fusion.environment import Environment
-from oslo_fusion.ops.no_repeat_ngram import implementation
+from oslo_fusion.ops.kernels import choices, missing
+from oslo_fusion.ops.no_repeat_ngram import NAME
 from oslo_fusion.plan import NOTHING_TAKEN, Proposal, Site, Swap, Taken, Timing, leave
 
 ROOM = "generation"
@@ -44,7 +45,7 @@ class GenerationPass:
             return
         sites = list(_generating(model))
         for path, module in sites:
-            yield leave(_propose(path, module, config.autotune), taken)
+            yield leave(_propose(path, module, config), taken)
         if named and not sites:
             yield Proposal(wish, ROOM, "-", "-", "refused", f"no part of this {type(model).__name__} generates")
 
@@ -60,7 +61,7 @@ def _generating(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _propose(path: str, module: nn.Module, autotune: str) -> Proposal:
+def _propose(path: str, module: nn.Module, config: FusionConfig) -> Proposal:
     from oslo_fusion.generation.no_repeat_ngram import METHOD, FusedLogitsProcessors
 
     site = Site(f"{path}.generate" if path else "generate", KIND, type(module).__name__)
@@ -76,19 +77,19 @@ def _propose(path: str, module: nn.Module, autotune: str) -> Proposal:
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     if device.type == "meta":
         return refuse("it has no memory yet (meta device)")
-    kernels = _kernels(device)
+    kernels = choices(NAME, device.type, config.kernel)
     if not kernels:
-        return refuse(f"no kernel for {device.type} here: {_missing(device)}")
+        return refuse(missing(NAME, device.type, config.kernel))
     try:
         for kernel in kernels:
             difference = _find_difference(device, kernel)
             if difference is not None:
                 return refuse(f"computes something else ({kernels[kernel]}): {difference}")
-        if autotune == "off":
+        if config.autotune == "off":
             kernel = next(iter(kernels))
             reason = "same results; not timed (autotune: off)"
         else:
-            timed = {kernel: _time(device, _vocabulary(module), kernel, autotune) for kernel in kernels}
+            timed = {kernel: _time(device, _vocabulary(module), kernel, config.autotune) for kernel in kernels}
             kernel = min(timed, key=lambda name: timed[name].inference_after or float("inf"))
             timings = tuple(timed.values())
             figures = "; ".join(f"{kernels[name]} {timing}" for name, timing in timed.items())
@@ -102,26 +103,6 @@ def _propose(path: str, module: nn.Module, autotune: str) -> Proposal:
     swap = Swap(path, FusedLogitsProcessors, {"kernel": kernel}, METHOD)
     after = f"one launch ({kernels[kernel]})"
     return Proposal(site, ROOM, _BEFORE, after, "fused", reason, (site.path,), (swap,), timings)
-
-
-def _kernels(device: torch.device) -> dict[str, str]:
-    """What can be asked for on this device, each with the implementation that answers; the reference is no gain."""
-    found: dict[str, str] = {}
-    for kernel in ("cuda", "triton") if device.type == "cuda" else ("auto",):
-        try:
-            answers = implementation(device.type, kernel)
-        except ImportError:  # ExtensionError is one
-            continue
-        if answers != "reference":
-            found[kernel] = answers
-    return found
-
-
-def _missing(device: torch.device) -> str:
-    reason = extension.failure()
-    if device.type == "cuda":
-        return f"triton cannot be imported, and the extension has no CUDA part ({reason or 'built without CUDA'})"
-    return reason or "the extension has no kernel for it"
 
 
 def _vocabulary(module: nn.Module) -> int:

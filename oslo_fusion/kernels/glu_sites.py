@@ -32,9 +32,9 @@ from oslo_fusion.decide import (
     refuse,
 )
 from oslo_fusion.environment import Environment
-from oslo_fusion.kernels.norm_sites import ROOM, missing_kernel
+from oslo_fusion.kernels.norm_sites import ROOM
 from oslo_fusion.ops.glu import glu, halves, merged_glu
-from oslo_fusion.ops.kernels import is_plain
+from oslo_fusion.ops.kernels import choices, is_plain, missing
 from oslo_fusion.plan import NOTHING_TAKEN, Proposal, Site, Taken, leave
 from oslo_fusion.recognition.activation import MEANINGS
 from oslo_fusion.recognition.mlp import GATED, LINEAR_ACTIVATION, MERGED, MLP, recognise_mlp
@@ -124,9 +124,8 @@ def _propose(path: str, module: nn.Module, mlp: MLP, scope: Scope) -> Proposal:
         return refuse(ROOM, site, before, "its forward was replaced on the instance")
     if dtype not in (torch.float32, *HALF):
         return refuse(ROOM, site, before, f"no kernel for weights of {str(dtype).removeprefix('torch.')}")
-    reason = missing_kernel(device, "glu")
-    if reason is not None:
-        return refuse(ROOM, site, before, reason)
+    if not choices("glu", device.type, scope.config.kernel):
+        return refuse(ROOM, site, before, missing("glu", device.type, scope.config.kernel))
     key = (GATED, mlp.kind, mlp.formula, mlp.gate_first, device, dtype)
     verdict: Verdict = scope.once(key, lambda: _decide(mlp, device, dtype, scope.config.autotune))
     settings = {

@@ -8,7 +8,7 @@ Dtypes are learned, not derived: norms disagree on what a half weight makes of a
 once more. A *case* is the dtype of the input together with autocast's, if that is on. For every case that the site may meet the
 original is asked what it returns; a case in which it fails, or ours cannot be proven, stays with the original.
 
-This file imports no triton: the operators find their kernels at the first CUDA tensor.
+This file imports no triton: the operators find their kernels, in whatever language, at the first tensor of their device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,10 @@ from oslo_fusion import probe
 from oslo_fusion.config import FusionConfig
 from oslo_fusion.decide import HALF, Scope, Verdict, decide, propose, random, refuse, signature
 from oslo_fusion.environment import Environment
-from oslo_fusion.ops.kernels import find_kernels, is_plain
+from oslo_fusion.ops.kernels import LANGUAGES, choices, is_here, is_plain, missing
 from oslo_fusion.ops.layer_norm import layer_norm, layer_norm_reference
 from oslo_fusion.ops.rms_norm import rms_norm, rms_norm_reference
-from oslo_fusion.plan import NOTHING_TAKEN, Proposal, Site, Taken, leave
+from oslo_fusion.plan import NOTHING_TAKEN, Proposal, Site, Taken, Timing, leave
 
 ROOM = "kernels"
 KIND = "norm"
@@ -60,10 +60,10 @@ class Norm:
     eps: float
     weight_offset: float
 
-    def __call__(self, x: Tensor, *parameters: Tensor, out_dtype: torch.dtype) -> Tensor:
+    def __call__(self, x: Tensor, *parameters: Tensor, out_dtype: torch.dtype, kernel: str) -> Tensor:
         """Compute it with our operator, on the parameters in the order of their names."""
         if self.operation == "rms_norm":
-            y = rms_norm(x, *parameters, eps=self.eps, weight_offset=self.weight_offset, out_dtype=out_dtype)
+            y = rms_norm(x, *parameters, eps=self.eps, weight_offset=self.weight_offset, out_dtype=out_dtype, kernel=kernel)
         else:
             y = layer_norm(x, *parameters, eps=self.eps, weight_offset=self.weight_offset, out_dtype=out_dtype)
         assert isinstance(y, Tensor)
@@ -74,6 +74,13 @@ class Norm:
         if self.operation == "rms_norm":
             return rms_norm_reference(x, weight, None, self.eps, self.weight_offset, None)[0]
         return layer_norm_reference(x, weight, bias, None, self.eps, self.weight_offset, None)[0]
+
+
+class Use(NamedTuple):
+    """How a case is computed: the dtype that the original returns, and which kernel does it."""
+
+    out_dtype: torch.dtype
+    kernel: str
 
 
 class FusedNorm(nn.Module):
@@ -90,8 +97,10 @@ class FusedNorm(nn.Module):
         if not _is_ordinary(x, parameters, settings):
             return super().forward(x)
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
-        out_dtype = settings["training" if wanted else "inference"].get(_case(x))
-        return super().forward(x) if out_dtype is None else norm(x, *parameters, out_dtype=out_dtype)
+        use: Use | None = settings["training" if wanted else "inference"].get(_case(x))
+        if use is None or not is_here(norm.operation, x.device.type, use.kernel):  # unpickled where it was not built
+            return super().forward(x)
+        return norm(x, *parameters, out_dtype=use.out_dtype, kernel=use.kernel)
 
 
 def _is_ordinary(x: object, parameters: Sequence[Tensor], settings: Mapping[str, Any]) -> bool:
@@ -118,7 +127,7 @@ def _case(x: Tensor) -> Case:
 
 
 class NormPass:
-    """Replaces RMS and layer norms by one kernel forward and two backward, where ``custom_cuda_kernels`` asks for it."""
+    """Replaces RMS and layer norms by one kernel each way, where ``custom_cuda_kernels`` asks for it."""
 
     name = ROOM
     kernels = tuple(KERNELS)
@@ -241,17 +250,6 @@ def _possible_eps(module: nn.Module) -> list[float]:
 # --- decision ----------------------------------------------------------------------------------------------------------------
 
 
-def missing_kernel(device: torch.device, operation: str) -> str | None:
-    """Why there is no Triton kernel for tensors of this device, or None if there is one."""
-    if device.type == "cpu":
-        return "no Triton kernel on the CPU"
-    if device.type != "cuda":
-        return f"no Triton kernel for {device.type}"
-    if find_kernels(operation) is None:
-        return "triton cannot be imported"
-    return None
-
-
 def _propose(path: str, module: nn.Module, norm: Norm, scope: Scope) -> Proposal:
     site, before = Site(path, KIND, type(module).__name__), type(module).__name__
     parameters = [module.get_parameter(name) for name in norm.parameters]
@@ -264,15 +262,17 @@ def _propose(path: str, module: nn.Module, norm: Norm, scope: Scope) -> Proposal
         return refuse(ROOM, site, before, "its forward was replaced on the instance")
     if not set(dtypes) <= {torch.float32, *HALF}:
         return refuse(ROOM, site, before, f"no kernel for weights of {str(dtypes[0]).removeprefix('torch.')}")
-    reason = missing_kernel(device, norm.operation)
-    if reason is not None:
-        return refuse(ROOM, site, before, reason)
+    kernel, autotune = scope.config.kernel, scope.config.autotune
+    # Triton's is taken where nothing is measured: it is the one whose figures are known.
+    kernels = choices(norm.operation, device.type, kernel, first="triton")
+    if not kernels:
+        return refuse(ROOM, site, before, missing(norm.operation, device.type, kernel))
     width = parameters[0].numel()
     key = (KIND, norm, signature(module), width, dtypes, device)
-    verdict, table = scope.once(key, lambda: _Decision(module, norm, device, dtypes, width, scope.config.autotune).result())
+    verdict, table = scope.once(key, lambda: _Decision(module, norm, device, dtypes, width, kernels, autotune).result())
     settings = {"norm": norm, "device": device.type, "dtypes": dtypes, **table}
-    offset = ", 1 + weight" if norm.weight_offset else ""
-    after = f"{norm.operation}, one Triton kernel{offset}"
+    used = {LANGUAGES[kernels[use.kernel]] for uses in table.values() for use in uses.values()}
+    after = f"{norm.operation}, one {' or '.join(sorted(used))} kernel{', 1 + weight' if norm.weight_offset else ''}"
     return propose(ROOM, site, verdict, before, after, FusedNorm, settings)
 
 
@@ -297,6 +297,12 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]
         yield
 
 
+def _time_of(verdict: Verdict, mode: str) -> float:
+    """Microseconds of the fused form in a mode; nothing where it was not timed, so that the first kernel is taken."""
+    (timing,) = verdict.timings or (None,)
+    return 0.0 if timing is None else getattr(timing, f"{mode}_after") or 0.0
+
+
 @dataclass(frozen=True)
 class _Decision:
     """Proves and times one norm, in every case that it may meet."""
@@ -306,30 +312,47 @@ class _Decision:
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
     width: int
+    kernels: Mapping[str, str]
     autotune: str
 
-    def result(self) -> tuple[Verdict, dict[str, dict[Case, torch.dtype]]]:
-        """The verdict on the site, and for each mode the output dtype in each case for which the fused norm is used."""
-        tables: dict[str, dict[Case, torch.dtype]] = {"inference": {}, "training": {}}
-        verdicts: list[Verdict] = []
+    def result(self) -> tuple[Verdict, dict[str, dict[Case, Use]]]:
+        """The verdict on the site, and for each mode what is used in each case for which the fused norm is used.
+
+        Where there are several kernels, each case of each mode has the fastest that was proven for it.
+        """
+        tables: dict[str, dict[Case, Use]] = {"inference": {}, "training": {}}
+        reasons: dict[str, list[str]] = {}
+        timings: list[Timing] = []
         for group in case_groups(self.dtypes[0]):
-            timed: Verdict | None = None
+            timed: dict[str, Verdict] = {}
             for case in group:
                 out_dtype = self.output_dtype(case)
                 if out_dtype is None:
                     continue  # the original fails here, and goes on doing so
-                verdict = self.decide(case, out_dtype, self.autotune if timed is None else "off")
-                if timed is None or not verdict.fused:
-                    verdicts.append(verdict)
-                timed = timed or verdict
+                verdicts = {
+                    kernel: self.decide(case, Use(out_dtype, kernel), "off" if kernel in timed else self.autotune)
+                    for kernel in self.kernels
+                }
+                for kernel, verdict in verdicts.items():
+                    if kernel not in timed or not verdict.fused:
+                        reasons.setdefault(kernel, []).append(verdict.reason)
+                        timings += verdict.timings
+                    timed.setdefault(kernel, verdict)
                 for mode, table in tables.items():
-                    if getattr(verdict, mode) and getattr(timed, mode):
-                        table[case] = out_dtype
-        if not verdicts:
+                    won = [k for k, v in verdicts.items() if getattr(v, mode) and getattr(timed[k], mode)]
+                    if won:
+                        table[case] = Use(out_dtype, min(won, key=lambda kernel: _time_of(timed[kernel], mode)))
+        if not reasons:
             return Verdict("it cannot be run here"), tables
-        timings = tuple(timing for verdict in verdicts for timing in verdict.timings)
         inference, training = (frozenset(dtype for dtype, _ in tables[mode]) for mode in ("inference", "training"))
-        return Verdict("; ".join(dict.fromkeys(v.reason for v in verdicts)), inference, training, timings), tables
+        return Verdict(self.explain(reasons), inference, training, tuple(timings)), tables
+
+    def explain(self, reasons: Mapping[str, Sequence[str]]) -> str:
+        """The reasons, with the kernel's language before each if there are several kernels."""
+        texts = {kernel: "; ".join(dict.fromkeys(parts)) for kernel, parts in reasons.items()}
+        if len(self.kernels) == 1 or len(set(texts.values())) == 1:
+            return next(iter(texts.values()))
+        return "; ".join(f"{LANGUAGES[self.kernels[kernel]]}: {text}" for kernel, text in texts.items())
 
     def output_dtype(self, case: Case) -> torch.dtype | None:
         """What the original returns, or None if it cannot be run so."""
@@ -355,12 +378,12 @@ class _Decision:
 
         return run
 
-    def after(self, case: Case, out_dtype: torch.dtype) -> probe.Function:
+    def after(self, case: Case, use: Use) -> probe.Function:
         """Ours on given parameters, under the same autocast."""
 
         def run(x: Tensor, *parameters: Tensor) -> Tensor:
             with _autocast(self.device, case[1]):
-                return self.norm(x, *parameters, out_dtype=out_dtype)
+                return self.norm(x, *parameters, out_dtype=use.out_dtype, kernel=use.kernel)
 
         return run
 
@@ -369,12 +392,12 @@ class _Decision:
         x = random(rows, self.width, device=self.device, dtype=dtype)
         return x, *(random(self.width, device=self.device, dtype=d) for d in self.dtypes)
 
-    def decide(self, case: Case, out_dtype: torch.dtype, autotune: str) -> Verdict:
+    def decide(self, case: Case, use: Use, autotune: str) -> Verdict:
         """Prove one case, and time it unless autotune is off."""
         return decide(
-            (KIND, self.norm, type(self.module).__qualname__, self.dtypes, case[1]),
+            (KIND, self.norm, type(self.module).__qualname__, self.dtypes, case[1], use.kernel),
             self.before(case),
-            self.after(case, out_dtype),
+            self.after(case, use),
             lambda dtype: self.inputs(dtype, max(97, _PROVEN_ELEMENTS // self.width)),
             lambda dtype: self.inputs(dtype, max(1, probe.elements_to_time(self.device) // self.width)),
             (case[0],),

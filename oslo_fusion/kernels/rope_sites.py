@@ -32,12 +32,11 @@ from oslo_fusion import probe
 from oslo_fusion.config import FusionConfig
 from oslo_fusion.decide import HALF, Scope, Verdict, decide, placement, propose, random, refuse, signature
 from oslo_fusion.environment import Environment
-from oslo_fusion.kernels.norm_sites import missing_kernel
-from oslo_fusion.ops.kernels import is_plain
+from oslo_fusion.ops.kernels import choices, is_plain, missing
 from oslo_fusion.ops.rope import dense_strides, memory_order, rope, rope_reference
 from oslo_fusion.plan import NOTHING_TAKEN, Proposal, Site, Taken, leave
 
-ROOM = "triton"
+ROOM = "kernels"
 KIND = "rope"
 KERNEL = "FusedRoPE"
 GLOBAL = "apply_rotary_pos_emb"
@@ -426,9 +425,8 @@ def _propose(path: str, module: nn.Module, function: FunctionType, scope: Scope)
         return refuse(ROOM, site, before, "it has no memory yet (meta device)")
     if dtype not in (torch.float32, *HALF):
         return refuse(ROOM, site, before, f"no kernel for weights of {str(dtype).removeprefix('torch.')}")
-    reason = missing_kernel(device, "rope")
-    if reason is not None:
-        return refuse(ROOM, site, before, reason)
+    if not choices("rope", device.type, scope.config.kernel):
+        return refuse(ROOM, site, before, missing("rope", device.type, scope.config.kernel))
     if not convention.partial and sizes.rot_dim < sizes.dim:  # the part is cut out before the function is called
         sizes = Sizes(sizes.heads, sizes.kv_heads, sizes.rot_dim, sizes.rot_dim)
     key = (KIND, convention, rotate, sizes, device, dtype, signature(module))

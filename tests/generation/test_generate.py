@@ -31,6 +31,7 @@ from oslo_fusion.generation.no_repeat_ngram import (
     FusedLogitsProcessors,
     FusedNoRepeatNGramLogitsProcessor,
 )
+from oslo_fusion.ops.kernels import LANGUAGES, choices
 from oslo_fusion.plan import Swap
 
 VOCAB = 23
@@ -338,7 +339,7 @@ def test_processors_are_transformers_own_to_isinstance(ids: Tensor) -> None:
 @pytest.mark.parametrize("way", ["greedy", "beams returned", "samples returned"])
 @pytest.mark.parametrize("kernel", ["triton", "cuda"])
 def test_tokens_on_a_gpu(model: Any, ids: Tensor, way: str, kernel: str) -> None:
-    if kernel not in room._kernels(torch.device("cuda")):
+    if kernel not in choices("no_repeat_ngram", "cuda", "auto"):
         pytest.skip(f"no {kernel} kernel here")
     model, ids = model.cuda(), ids.cuda()
     for size in SIZES.values():
@@ -359,7 +360,7 @@ def propose(model: nn.Module, kernels: tuple[str, ...] = ("FusedNoRepeatNGram",)
 @pytest.fixture
 def kernel_pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a kernel: the reference answers, so that the pass can be tested without one."""
-    monkeypatch.setattr(room, "_kernels", lambda device: {"auto": "pretended"})
+    monkeypatch.setattr(room, "choices", lambda *where: {"auto": "pretended"})
 
 
 @pytest.mark.usefixtures("kernel_pretended")
@@ -402,10 +403,13 @@ def test_refusals_have_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         (row,) = propose(_gpt2())
     assert "meta" in row.reason
-    monkeypatch.setattr(room, "_kernels", lambda device: {})
+    for kernel in ("triton", "cuda"):
+        (row,) = propose(_gpt2(), kernel=kernel)
+        assert row.reason == f"kernel: {kernel}, and no {LANGUAGES[kernel]} kernel runs on the CPU"
+    monkeypatch.setattr(room, "choices", lambda *where: {})
     (row,) = propose(_gpt2())
-    assert "no kernel for cpu here" in row.reason
-    monkeypatch.setattr(room, "_kernels", lambda device: {"auto": "pretended"})
+    assert "no kernel on the CPU" in row.reason
+    monkeypatch.setattr(room, "choices", lambda *where: {"auto": "pretended"})
     patched: Any = _gpt2()
     patched._get_logits_processor = print
     (row,) = propose(patched)

@@ -75,7 +75,7 @@ def fuse(model: nn.Module) -> list[Proposal]:
 @pytest.fixture
 def kernels_pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU that has kernels: the operators' references run, so their place in a model can be tested."""
-    monkeypatch.setattr(glu_sites, "missing_kernel", lambda device, operation: None)
+    monkeypatch.setattr(glu_sites, "choices", lambda *where: {"auto": "triton"})
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
@@ -156,7 +156,9 @@ def test_names_choose_the_kind(build: Any) -> None:
 @pytest.mark.parametrize("name", ["llama", "Phi3"])
 def test_the_cpu_is_refused(name: str, build: Any) -> None:
     config = FusionConfig(enable=True, custom_cuda_kernels=("all",))
-    assert {(p.outcome, p.reason) for p in rows(family(name, build), config)} == {("refused", "no Triton kernel on the CPU")}
+    assert {(p.outcome, p.reason) for p in rows(family(name, build), config)} == {
+        ("refused", "no kernel on the CPU: the extension has none for glu")
+    }
 
 
 def test_refusals_say_why(kernels_pretended: None) -> None:

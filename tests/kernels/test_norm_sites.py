@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -11,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oslo_fusion import surgery
+from oslo_fusion import extension, probe, surgery
 from oslo_fusion.config import FusionConfig
 from oslo_fusion.decide import Scope
 from oslo_fusion.environment import environment
 from oslo_fusion.kernels import norm_sites
 from oslo_fusion.kernels.norm_sites import FusedNorm, Norm, NormPass, recognise, recognise_norm
-from oslo_fusion.plan import Proposal
+from oslo_fusion.ops.kernels import choices, missing
+from oslo_fusion.plan import Proposal, Timing
 from oslo_fusion.testing import assert_close_to_reference
 
 ALL = FusionConfig(enable=True, custom_cuda_kernels=("all",), autotune="off")
@@ -56,7 +59,8 @@ def fuse(model: nn.Module) -> list[Proposal]:
 @pytest.fixture
 def kernels_pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU that has kernels: the operators' references run, so their place in a model can be tested."""
-    monkeypatch.setattr(norm_sites, "missing_kernel", lambda device, operation: None)
+    monkeypatch.setattr(norm_sites, "choices", lambda *where, first: {"auto": "triton"})
+    monkeypatch.setattr(norm_sites, "is_here", lambda *where: True)
 
 
 @pytest.mark.parametrize(
@@ -157,15 +161,99 @@ def test_refusals_say_why(build: Any, kernels_pretended: None) -> None:
     ]
 
 
-def test_the_cpu_is_refused(build: Any) -> None:
-    assert {(p.outcome, p.reason) for p in rows(build("llama"))} == {("refused", "no Triton kernel on the CPU")}
+def test_the_cpu_has_the_extensions_kernel_or_the_reason(build: Any) -> None:
+    reason = extension.failure()
+    found = {(p.outcome, p.room, p.after, p.reason) for p in rows(build("llama"))}
+    if reason is None:
+        assert found == {("fused", "kernels", "rms_norm, one C++ kernel", "same results; not timed (autotune: off)")}
+    else:
+        assert found == {("refused", "kernels", "LlamaRMSNorm", f"no kernel on the CPU: {reason}")}
+    (layer_norm, *_) = rows(build("gpt2"))
+    assert (layer_norm.outcome, layer_norm.reason) == (
+        "refused",
+        "no kernel on the CPU: the extension has none for layer_norm",
+    )
+
+
+@pytest.mark.parametrize(("kernel", "language"), [("triton", "Triton"), ("cuda", "CUDA")])
+def test_a_forced_kernel_that_the_cpu_has_not_is_refused(kernel: str, language: str, build: Any) -> None:
+    wish = FusionConfig(enable=True, custom_cuda_kernels=("all",), autotune="off", kernel=kernel)
+    for name in ("llama", "gpt2"):
+        assert {(p.outcome, p.reason) for p in rows(build(name), wish)} == {
+            ("refused", f"kernel: {kernel}, and no {language} kernel runs on the CPU")
+        }
+
+
+def test_a_forced_kernel_that_does_not_exist_is_refused_by_name() -> None:
+    assert choices("layer_norm", "cuda", "cuda") == {}
+    assert missing("layer_norm", "cuda", "cuda").startswith("no CUDA kernel here: it has no CUDA kernel")
+    assert missing("rms_norm", "mps", "auto") == "no kernel for mps"
+    if extension.failure() is not None or extension.build_info()["cuda"] == "no":
+        assert choices("rms_norm", "cuda", "cuda") == {}
+        assert missing("rms_norm", "cuda", "cuda").startswith("no CUDA kernel here: the ")
+
+
+def test_without_the_extension_everything_works() -> None:
+    code = """
+import sys
+sys.modules["oslo_fusion._C"] = None  # as if it had not been built
+import torch, oslo_fusion
+from oslo_fusion import models
+model = models.build_model("t5", dtype=torch.float32, device=torch.device("cpu"), size="tiny").eval()
+ids = torch.randint(3, 500, (2, 9))
+before = model(input_ids=ids, decoder_input_ids=ids).logits
+names = ["FusedNoRepeatNGram", "FusedRMSNorm"]
+oslo_fusion.initialize(model, {"kernel_fusion": {"enable": True, "custom_cuda_kernels": names, "autotune": "off"}})
+assert torch.equal(model(input_ids=ids, decoder_input_ids=ids).logits, before)
+rows = [r for r in oslo_fusion.report(model).rows if r.room in ("kernels", "generation")]
+assert len(rows) == 13, len(rows)
+print({(r.outcome, r.reason) for r in rows})
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    reason = "no kernel on the CPU: it was not built when oslo_fusion was installed"
+    assert done.stdout.strip() == str({("refused", reason)})
+
+
+def test_where_there_are_two_each_mode_and_dtype_has_the_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA wins float32 inference, Triton training; in half precision neither wins but Triton's training."""
+    monkeypatch.setattr(norm_sites, "choices", lambda *where, first: {"triton": "triton", "cuda": "cuda"})
+    monkeypatch.setattr(norm_sites, "is_here", lambda *where: True)
+    figures = {
+        ("triton", torch.float32): (10.0, 8.0, 30.0, 20.0),
+        ("cuda", torch.float32): (10.0, 6.0, 30.0, 25.0),
+        ("triton", torch.bfloat16): (10.0, 11.0, 30.0, 20.0),
+        ("cuda", torch.bfloat16): (10.0, 10.0, 30.0, 40.0),
+    }
+
+    def time_pair(key: Any, before: Any, after: Any, inputs: Any, **options: Any) -> Timing:
+        dtype = inputs()[0].dtype
+        return Timing(str(dtype).removeprefix("torch."), "1", *figures[key[-1], dtype])
+
+    monkeypatch.setattr(probe, "time_pair", time_pair)
+    (row,) = rows(_Scaled(), FusionConfig(enable=True, custom_cuda_kernels=("all",)))
+    assert row.after == "rms_norm, one CUDA or Triton kernel"
+    assert "Triton: measured float32 1: forward 10 → 8 µs" in row.reason
+    assert "CUDA: measured float32 1: forward 10 → 6 µs" in row.reason
+    assert len(row.timings) == 4
+    ((settings),) = (swap.settings for swap in row.swaps)
+    assert {case[0]: use.kernel for case, use in settings["inference"].items()} == {torch.float32: "cuda"}
+    assert {use.kernel for use in settings["training"].values()} == {"triton"}
+    assert {case[0] for case in settings["training"]} == {torch.float32, torch.bfloat16, torch.float16}
+
+
+def test_one_that_was_unpickled_where_its_kernel_is_not_is_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = _Scaled(), torch.randn(3, 24)
+    expected = module(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(norm_sites, "choices", lambda *where, first: {"cuda": "cuda"})
+        fuse(module)
+    assert isinstance(module, FusedNorm)
+    monkeypatch.setattr(norm_sites, "is_here", lambda *where: False)
+    assert torch.equal(module(x), expected)
 
 
 @pytest.mark.parametrize("slower", [True, False])
 def test_only_what_wins(slower: bool, kernels_pretended: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from oslo_fusion import probe
-    from oslo_fusion.plan import Timing
-
     after = 20.0 if slower else 5.0
     monkeypatch.setattr(probe, "time_pair", lambda *a, **k: Timing("float32", "1", 10.0, after, 10.0, 10.0))
     (row,) = rows(_Scaled(), FusionConfig(enable=True, custom_cuda_kernels=("all",)))
