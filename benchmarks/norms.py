@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import copy_bandwidth, device_times, host_time, need_gpu, rotation, slug, within, write
+from oslo_fusion.ops.kernels import is_here
 from oslo_fusion.ops.layer_norm import layer_norm, layer_norm_reference
 from oslo_fusion.ops.rms_norm import rms_norm, rms_norm_reference
 from oslo_fusion.ops.row_cases import drawer
@@ -54,8 +55,10 @@ def providers(op: str, width: int, compiled: bool) -> dict[str, Call]:
         calls: dict[str, Call] = {
             "module": module,
             "torch": lambda x, weight: F.rms_norm(x, (width,), weight, EPS),
-            "ours": lambda x, weight: rms_norm(x, weight, eps=EPS),
+            "ours": lambda x, weight: rms_norm(x, weight, eps=EPS, kernel="triton"),
         }
+        if is_here("rms_norm", "cuda", "cuda"):
+            calls["ours cuda"] = lambda x, weight: rms_norm(x, weight, eps=EPS, kernel="cuda")
     else:
         calls = {
             "module": lambda x, weight, bias: F.layer_norm(x, (width,), weight, bias, EPS),
@@ -99,12 +102,14 @@ def check(op: str, calls: dict[str, Call], width: int, dtype: torch.dtype, devic
     else:
         exact = lambda x, w, b: layer_norm_reference(x, w, b, None, EPS, 0.0, None)[0]  # noqa: E731
     names = ("output", "dx", "dweight", "dbias")
-    for name, ours, theirs, truth in zip(
-        names, run(calls["ours"], False), run(calls["module"], False), run(exact, True), strict=False
-    ):
-        assert_close_to_reference(ours, theirs, truth, f"{op} {width} {dtype}, {name}")
-    with torch.no_grad():  # the path without gradients is another one
-        assert_close_to_reference(calls["ours"](*inputs), calls["module"](*inputs), exact(*(t.double() for t in inputs)), op)
+    for provider in (name for name in calls if name.startswith("ours")):
+        call, what = calls[provider], f"{op} {width} {dtype}, {provider}"
+        for name, ours, theirs, truth in zip(
+            names, run(call, False), run(calls["module"], False), run(exact, True), strict=False
+        ):
+            assert_close_to_reference(ours, theirs, truth, f"{what}, {name}")
+        with torch.no_grad():  # the path without gradients is another one
+            assert_close_to_reference(call(*inputs), calls["module"](*inputs), exact(*(t.double() for t in inputs)), what)
 
 
 def traffic(rows: int, width: int, itemsize: int, mode: str) -> int:
@@ -150,7 +155,7 @@ def measure(op: str, rows: int, width: int, dtype: torch.dtype, device: torch.de
                         hosts[name] = host_time(
                             lambda call=call, leaves=leaves: torch.autograd.grad(call(*leaves), leaves, small_dy)
                         )
-        best = min(time for name, time in times.items() if name != "ours")
+        best = min(time for name, time in times.items() if not name.startswith("ours"))
         yield {
             "op": op,
             "mode": mode,
