@@ -236,7 +236,7 @@ def sweep(shape: Shape, device: torch.device, roof: float) -> Iterator[dict[str,
     sets, angles = drawn(shape, device), angles_of(shape, device)
     processors, _ = device_facts(sets[0][0])
     sizes = (shape.heads, shape.kv_heads, shape.dim, shape.dtype.itemsize)
-    chosen = rope_blocks(*sizes, shape.batch * shape.seq, processors)
+    chosen = rope_blocks(*sizes, shape.interleaved, shape.batch * shape.seq, processors)
     options = {chosen}
     for tokens, tiles, warps in itertools.product((1, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8)):
         blocks = RopeBlocks(tokens, *(_power_of_two(-(-heads // tiles)) for heads in (shape.heads, shape.kv_heads)), warps)

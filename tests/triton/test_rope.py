@@ -156,15 +156,18 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 1000, 4096, 1 << 20])
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [shape[:3] for shape in SHAPES])
-def test_cuts_cover_all_heads_and_fit_the_registers(heads: int, kv_heads: int, dim: int, itemsize: int, tokens: int) -> None:
-    blocks = rope_blocks(heads, kv_heads, dim, itemsize, tokens, 132)
+def test_cuts_cover_all_heads_and_fit_the_registers(
+    heads: int, kv_heads: int, dim: int, itemsize: int, interleaved: bool, tokens: int
+) -> None:
+    blocks = rope_blocks(heads, kv_heads, dim, itemsize, interleaved, tokens, 132)
     tiles = blocks.tiles(heads, kv_heads)
     assert tiles * blocks.q_heads >= heads
     assert tiles * blocks.k_heads >= kv_heads
     assert all(n & (n - 1) == 0 for n in (blocks.tokens, blocks.q_heads, blocks.k_heads, blocks.warps))
-    assert 1 <= blocks.warps <= 4
+    assert 1 <= blocks.warps <= 8
     padded = 1 << (dim - 1).bit_length()
     size = blocks.tokens * (blocks.q_heads + blocks.k_heads) * padded * itemsize
     assert size <= 256 * 32 * blocks.warps
@@ -188,7 +191,7 @@ def compiled(
     angles: str = "",
 ) -> Any:
     heads, kv_heads, dim, rot_dim = shape
-    blocks = rope_blocks(heads, kv_heads, dim, SIGNATURE[dtype], tokens, 132)
+    blocks = rope_blocks(heads, kv_heads, dim, SIGNATURE[dtype], interleaved, tokens, 132)
     constants = {
         "HEADS": heads,
         "KV_HEADS": kv_heads,
