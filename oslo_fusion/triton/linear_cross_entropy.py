@@ -1,0 +1,314 @@
+"""Linear cross entropy: cuBLAS for the three matmuls of a chunk of rows, and one Triton kernel between them.
+
+A chunk's logits go into one buffer that all chunks share. A program takes a row: it reads it once for the running maximum and
+sum of the softmax in float32, then again, from L2, to write the gradient of the logits over the logits. From these cuBLAS makes
+the rows of ``dhidden``, and adds to ``dweight``, which stays in float32 until backward rounds it.
+
+The gradients written are those of the summed loss: between -1 and 1 a logit, so that half precision keeps them whatever the
+number of tokens is; dividing by it, and the loss scale of mixed precision, come in the scaling that backward does anyway.
+
+Rows of the buffer lie a multiple of 64 numbers apart: at GPT-2's 50257 words cuBLAS would otherwise fall back to a kernel that
+reads one number at a time, and so would ours.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# A kernel's arguments carry no types: triton would take an annotation for a value to be used on the device.
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from oslo_fusion.ops.linear_cross_entropy import (
+    Options,
+    _check,
+    _sum_dtype,
+    check_labels,
+    linear_cross_entropy_reference,
+    register_kernels,
+)
+from oslo_fusion.triton.launch import Kernel
+from oslo_fusion.triton.rows import device_facts, on_device, stride_unit
+
+_PADDING = 64  # numbers; 128 bytes in half precision, a line of the cache
+_ROW_GROUP = 128  # rows of a matmul's tile: a chunk of another size leaves part of its last tiles idle
+_LEAST_CHUNK = 256 << 20
+_L2_SHARE = 40 << 20  # of the 50 MB that an A100, H100 or H200 has
+_MAX_WARPS = 16
+
+
+@dataclass(frozen=True)
+class LossBlocks:
+    """How the kernel over a chunk's rows is cut.
+
+    Attributes:
+        columns: logits that a program has in registers at a time.
+        warps: warps per program.
+        programs: how many programs run; each walks over rows.
+    """
+
+    columns: int
+    warps: int
+    programs: int
+
+
+def padded_width(vocab: int) -> int:
+    """Numbers from one row of the logits' buffer to the next."""
+    return -(-vocab // _PADDING) * _PADDING
+
+
+def chunk_rows(rows: int, dim: int, vocab: int, itemsize: int, wide: bool) -> int:
+    """How many rows a chunk has, so that all chunks are about equal and the buffer is no larger than allowed.
+
+    The buffer may take as much as the weight does: it is gone when backward makes the rounded gradient of the weight, which is
+    as large. A quarter of that if the sum is in half precision, where backward makes nothing. And 256 MiB, or a quarter of it,
+    where the weight is small: fewer chunks read and write the sum less often.
+
+    Args:
+        rows: how many there are.
+        dim: numbers in a row of ``hidden``.
+        vocab: words.
+        itemsize: bytes of a logit.
+        wide: the weight's gradient is summed in float32.
+    """
+    weight = vocab * dim * itemsize
+    allowed = max(weight if wide else weight // 4, _LEAST_CHUNK if wide else _LEAST_CHUNK // 4)
+    most = max(_ROW_GROUP, allowed // (padded_width(vocab) * itemsize) // _ROW_GROUP * _ROW_GROUP)
+    chunks = max(1, -(-rows // most))
+    return max(1, min(rows, -(-rows // (chunks * _ROW_GROUP)) * _ROW_GROUP))
+
+
+@functools.lru_cache(maxsize=256)
+def loss_blocks(vocab: int, itemsize: int, rows: int, processors: int) -> LossBlocks:
+    """How the kernel is cut: up to 32 numbers a thread, and no more programs than have rows in L2 until the second read.
+
+    Args:
+        vocab, itemsize, rows: of the chunk.
+        processors: multiprocessors of the device.
+    """
+    columns = min(16384, 1 << max(7, (vocab - 1).bit_length()))
+    warps = max(4, min(_MAX_WARPS, columns // (32 * 32)))
+    fitting = _L2_SHARE // (padded_width(vocab) * itemsize)
+    per_processor = max(1, min(64 // warps, fitting // processors))
+    return LossBlocks(columns, warps, min(rows, per_processor * processors))
+
+
+@triton.jit
+def _tanh(x):
+    # Near zero the quotient would leave a few bits of a small result; the series' first missing term is 6e-8 of it at 0.2.
+    square = x * x
+    near = x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+    return tl.where(square < 0.04, near, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+
+
+@triton.jit
+def _logits(x, bias_ptr, cols, mask, SCALE: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr):
+    z = x.to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if SCALE != 1.0:
+        z *= SCALE
+    if CAP != 0.0:
+        z = _tanh(z / CAP) * CAP
+    return z
+
+
+@triton.jit(do_not_specialize=["num_rows", "ignore_index"])
+def _loss_kernel(
+    logits_ptr,
+    bias_ptr,
+    labels_ptr,
+    losses_ptr,
+    num_rows,
+    ignore_index,
+    VOCAB: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    CAP: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Loads and stores reach into the padding (WIDTH), which leaves them whole lines; what counts ends at VOCAB.
+    # The pointer goes from row to row: row · WIDTH may be more than 32 bits hold.
+    row_ptr = logits_ptr + tl.program_id(0).to(tl.int64) * WIDTH
+    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        label = tl.load(labels_ptr + row)
+        if label == ignore_index:
+            tl.store(losses_ptr + row, 0.0)
+            if GRADIENT:
+                for start in range(0, WIDTH, BLOCK):
+                    cols = start + tl.arange(0, BLOCK)
+                    zero = tl.zeros((BLOCK,), dtype=tl.float32)
+                    tl.store(row_ptr + cols, zero.to(logits_ptr.dtype.element_ty), mask=cols < WIDTH)
+        else:
+            inside = (label >= 0) & (label < VOCAB)
+            at_label = tl.load(row_ptr + label, mask=inside, other=0.0)
+            at_label = _logits(at_label, bias_ptr, label, inside, SCALE, CAP, HAS_BIAS)
+            # Not -inf: a first block in which all words are forbidden would make NaN of -inf - -inf.
+            top, total, mean = -3.0e38, 0.0, 0.0
+            for start in range(0, WIDTH, BLOCK):
+                cols = start + tl.arange(0, BLOCK)
+                mask = cols < WIDTH
+                x = tl.load(row_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last")
+                z = _logits(x, bias_ptr, cols, mask, SCALE, CAP, HAS_BIAS)
+                if SMOOTHING != 0.0:
+                    mean += tl.sum(tl.where(cols < VOCAB, z, 0.0), axis=0) / VOCAB
+                z = tl.where(cols < VOCAB, z, float("-inf"))
+                higher = tl.maximum(top, tl.max(z, axis=0))
+                total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), axis=0)
+                top = higher
+            logsumexp = top + tl.log(total)
+            tl.store(losses_ptr + row, logsumexp - (1.0 - SMOOTHING) * at_label - SMOOTHING * mean)
+            if GRADIENT:
+                for start in range(0, WIDTH, BLOCK):
+                    cols = start + tl.arange(0, BLOCK)
+                    mask = cols < WIDTH
+                    x = tl.load(row_ptr + cols, mask=mask, other=0.0)
+                    z = _logits(x, bias_ptr, cols, mask, SCALE, CAP, HAS_BIAS)
+                    d = tl.exp(z - logsumexp) - SMOOTHING / VOCAB
+                    d = tl.where(cols == label, d - (1.0 - SMOOTHING), d)
+                    if CAP != 0.0:
+                        d *= 1.0 - (z / CAP) * (z / CAP)
+                    if SCALE != 1.0:
+                        d *= SCALE
+                    d = tl.where(cols < VOCAB, d, 0.0)
+                    tl.store(row_ptr + cols, d.to(logits_ptr.dtype.element_ty), mask=mask)
+        row_ptr += tl.num_programs(0).to(tl.int64) * WIDTH
+
+
+@triton.jit(do_not_specialize=["num_units"])
+def _scale_kernel(d_ptr, factor_ptr, result_ptr, num_units, UNIT: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr).to(tl.float32)
+    cols = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    end = num_units.to(tl.int64) * UNIT
+    if IN_PLACE:
+        end *= (factor != 1.0).to(tl.int64)  # nothing to do is found out here: the host would have to wait for the number
+    mask = cols < end
+    d = tl.load(d_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(result_ptr + cols, (d * factor).to(result_ptr.dtype.element_ty), mask=mask)
+
+
+_LOSS, _SCALE = Kernel(_loss_kernel), Kernel(_scale_kernel)
+
+
+def launch_scale(d: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(d * factor).to(dtype)``: in place where the dtype is that of ``d``, which must be contiguous.
+
+    Args:
+        d: any shape.
+        factor: a scalar on the same device.
+        dtype: of the result.
+    """
+    result = d if d.dtype == dtype else torch.empty(d.shape, dtype=dtype, device=d.device)
+    if d.dtype == torch.float64:
+        return result.copy_(d * factor)
+    if d.numel():
+        unit, block = stride_unit(d.numel()), 4096
+        with on_device(d):
+            _SCALE((-(-d.numel() // block),), (d, factor, result), (d.numel() // unit,), (unit, result is d, block), 8)
+    return result
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """``total += a @ b``, or ``=`` for the first, in the precision of ``total`` and in one pass over it."""
+    beta = 0 if first else 1
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    else:  # interpreted
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
+
+
+def launch_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    logit_softcap: float,
+    logit_scale: float,
+    wide: bool,
+    compact: bool,
+    hidden_gradient: bool,
+    weight_gradient: bool,
+    bias_gradient: bool,
+    rows_per_chunk: int | None = None,
+    blocks: LossBlocks | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`oslo_fusion.ops.linear_cross_entropy.linear_cross_entropy_reference`; the last two override the heuristics."""
+    options = Options(ignore_index, label_smoothing, logit_softcap, logit_scale, wide, compact)
+    wanted = (hidden_gradient, weight_gradient, bias_gradient)
+    if hidden.dtype == torch.float64:
+        return linear_cross_entropy_reference(hidden, weight, labels, bias, *options, *wanted)
+    _check(hidden, weight, labels, bias, options)
+    vocab, dim = weight.shape
+    check_labels(labels, vocab, ignore_index)
+    with on_device(hidden), torch.autocast(hidden.device.type, enabled=False):
+        dtype, device = hidden.dtype, hidden.device
+        flat, rows, kept = labels.reshape(-1).contiguous(), hidden.reshape(-1, dim), None
+        count = (flat != ignore_index).sum().to(torch.float32)
+        if compact:
+            kept = (flat != ignore_index).nonzero().squeeze(1)
+            flat, rows = flat[kept], rows[kept]
+        num_rows, width, rounded = rows.shape[0], padded_width(vocab), weight.to(dtype)
+        chunk = rows_per_chunk or chunk_rows(num_rows, dim, vocab, dtype.itemsize, wide)
+        losses = torch.empty((num_rows,), dtype=torch.float32, device=device)
+        dhidden = torch.empty((num_rows if hidden_gradient else 0, dim), dtype=dtype, device=device)
+        dweight = torch.empty((vocab if weight_gradient else 0, dim), dtype=_sum_dtype(weight, wide), device=device)
+        bias_gradient = bias_gradient and bias is not None
+        dbias = torch.zeros((vocab if bias_gradient else 0,), dtype=torch.float32, device=device)
+        padded = None if bias is None else F.pad(bias.to(dtype), (0, width - vocab))
+        buffer = torch.empty((min(chunk, num_rows), width), dtype=dtype, device=device)
+        processors, _ = device_facts(hidden)
+        gradient = hidden_gradient or weight_gradient or bias_gradient
+        if num_rows == 0:
+            dweight.zero_()
+        for start in range(0, num_rows, chunk):
+            part = rows[start : start + chunk]
+            size = part.shape[0]
+            logits = buffer[:size, :vocab]
+            torch.mm(part, rounded.t(), out=logits)
+            cut = blocks or loss_blocks(vocab, dtype.itemsize, size, processors)
+            _LOSS(
+                (min(cut.programs, size),),
+                (buffer, padded, flat[start : start + size], losses[start : start + size]),
+                (size, ignore_index),
+                (
+                    vocab,
+                    width,
+                    label_smoothing,
+                    logit_softcap,
+                    logit_scale,
+                    bias is not None,
+                    gradient,
+                    cut.columns,
+                ),
+                cut.warps,
+            )
+            if hidden_gradient:
+                torch.mm(logits, rounded, out=dhidden[start : start + size])
+            if weight_gradient:
+                _add_product(dweight, logits.t(), part, start == 0)
+            if bias_gradient:
+                dbias += logits.sum(0, dtype=torch.float32)
+        if hidden_gradient and kept is not None:
+            dhidden = torch.zeros((labels.numel(), dim), dtype=dtype, device=device).index_copy_(0, kept, dhidden)
+        return (
+            losses.sum(),
+            count,
+            dhidden.view(hidden.shape) if hidden_gradient else hidden.new_empty(0),
+            dweight if weight_gradient else hidden.new_empty(0),
+            dbias if bias_gradient else hidden.new_empty(0),
+        )
+
+
+register_kernels(launch_linear_cross_entropy, "CUDA")
