@@ -23,7 +23,15 @@ from omegaconf.errors import OmegaConfBaseException
 from oslo_fusion.errors import ConfigError
 
 BLOCK = "kernel_fusion"
-KERNELS = ("FusedRMSNorm", "FusedLayerNorm", "FusedSwiGLU", "FusedGeGLU", "FusedRoPE", "FusedNoRepeatNGram")
+KERNELS = (
+    "FusedRMSNorm",
+    "FusedLayerNorm",
+    "FusedSwiGLU",
+    "FusedGeGLU",
+    "FusedRoPE",
+    "FusedLinearCrossEntropy",
+    "FusedNoRepeatNGram",
+)
 """Names that ``custom_cuda_kernels`` may hold. A plan refuses by name what this version has no room for."""
 
 KERNEL = ("auto", "triton", "cuda")
@@ -43,8 +51,9 @@ class FusionConfig:
             in a row and uses TorchScript.
         custom_cuda_kernels: kernels to use beside the rest: ``FusedRMSNorm`` and ``FusedLayerNorm`` for norms,
             ``FusedSwiGLU`` and ``FusedGeGLU`` for gated MLPs, ``FusedRoPE`` for the rotary embedding of attention,
-            ``FusedNoRepeatNGram`` for n-gram blocking in ``generate``; ``("all",)`` for all. The plan refuses by name what
-            this version does not have.
+            ``FusedNoRepeatNGram`` for n-gram blocking in ``generate``; ``("all",)`` for all of these. Only by name:
+            ``FusedLinearCrossEntropy`` for head and loss of a language model in training, whose output then has None for
+            logits. The plan refuses by name what this version does not have.
         kernel: which implementation of a kernel is used where there are several: ``triton`` or ``cuda`` (the compiled
             extension's) and no other, so that a site without it is refused; ``auto`` the fastest on this device, on the CPU
             the extension's C++ kernel.

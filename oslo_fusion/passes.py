@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from oslo_fusion.generation import GenerationPass
 from oslo_fusion.jit import TorchScriptPass
-from oslo_fusion.kernels import GatedMLPPass, NormPass, RotaryPass
+from oslo_fusion.kernels import GatedMLPPass, LossPass, NormPass, RotaryPass
 from oslo_fusion.plan import Pass
 
-PASSES: tuple[Pass, ...] = (NormPass(), RotaryPass(), GatedMLPPass(), TorchScriptPass(), GenerationPass())
+PASSES: tuple[Pass, ...] = (NormPass(), RotaryPass(), GatedMLPPass(), LossPass(), TorchScriptPass(), GenerationPass())

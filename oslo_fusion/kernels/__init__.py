@@ -4,7 +4,8 @@ How an operation is fast stands in ``triton/`` and ``csrc/``; where it goes into
 """
 
 from oslo_fusion.kernels.glu_sites import GatedMLPPass
+from oslo_fusion.kernels.loss_sites import LossPass
 from oslo_fusion.kernels.norm_sites import NormPass
 from oslo_fusion.kernels.rope_sites import RotaryPass
 
-__all__ = ["GatedMLPPass", "NormPass", "RotaryPass"]
+__all__ = ["GatedMLPPass", "LossPass", "NormPass", "RotaryPass"]

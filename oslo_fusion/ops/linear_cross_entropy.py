@@ -11,10 +11,11 @@ What plain PyTorch keeps for 16384 tokens and 128256 words is 4.2 GB of half log
 one chunk of rows is in memory at a time. A loss is a number, so its gradient is known up to a factor as soon as the chunk's
 logits are: forward computes the gradients of ``hidden``, ``weight`` and ``bias`` and drops the chunk, backward scales them.
 
-Dtype law: logits are rounded to the dtype of ``hidden``, as ``lm_head`` rounds them; the loss is computed from them in float32
-(float64 for float64) and returned so, as transformers does after ``logits.float()``. The gradient of the logits is rounded to
-the dtype of ``hidden``. The weight's is summed over all rows in float32 and rounded once, at the end. A weight of another dtype
-than ``hidden`` is rounded to that of ``hidden`` first, as autocast does, and its gradient has the weight's own dtype.
+Dtype law: the product is rounded to the dtype of ``hidden``, as ``lm_head`` rounds it; bias, loss and what is between them are
+computed in float32 (float64 for float64), and the loss is returned so, as transformers does after ``logits.float()``. The
+gradient of the logits is rounded to the dtype of ``hidden``. The weight's is summed over all rows in float32 and rounded once,
+at the end. A weight of another dtype than ``hidden`` is rounded to that of ``hidden`` first, as autocast does. Gradients have
+the dtype of what they belong to.
 
 A label outside the vocabulary: ConfigError on the CPU; on a GPU, where looking at it would stop the host, an assertion on the
 device, as torch's own cross entropy. If every label is ignored, the mean is NaN and the gradients are zero, as torch has it.
@@ -153,7 +154,8 @@ def linear_cross_entropy_reference(
     with torch.autocast(hidden.device.type, enabled=False):
         dtype, high = hidden.dtype, wide_dtype(hidden.dtype)
         rows, flat, rounded = hidden.reshape(-1, dim), labels.reshape(-1), weight.to(dtype)
-        z = F.linear(rows, rounded, None if bias is None else bias.to(dtype)).to(high) * logit_scale
+        z = F.linear(rows, rounded).to(high)
+        z = (z if bias is None else z + bias.to(high)) * logit_scale
         slope = torch.full_like(z, logit_scale)
         if logit_softcap:
             capped = torch.tanh(z / logit_softcap)
@@ -315,7 +317,7 @@ def linear_cross_entropy(
     """Cross entropy of ``hidden @ weight.T + bias`` against ``labels``, without the logits of all rows in memory.
 
     As ``F.cross_entropy(logits.float(), labels)``, or its sum over ``num_items`` where that is given. Under autocast
-    ``hidden``, ``weight`` and ``bias`` are rounded to its dtype, as ``F.linear`` rounds them.
+    ``hidden`` and ``weight`` are rounded to its dtype, as ``F.linear`` rounds them.
 
     Args:
         hidden: ``[*batch, dim]``, half, bfloat16, float or double; any strides, zero rows allowed.
