@@ -8,8 +8,8 @@ The gradients written are those of the summed loss: between -1 and 1 a logit, so
 number of tokens is; dividing by it, and the loss scale of mixed precision, come in the scaling that backward does anyway.
 
 Rows of the buffer lie a multiple of 64 numbers apart, and a weight whose number of rows is no multiple of 8 is copied with
-zeros below: at GPT-2's 50257 words cuBLAS would otherwise fall back to kernels that are 3 to 7 times slower, and ours would
-read one number at a time. The copy is 77 MB there.
+zeros below: at GPT-2's 50257 words cuBLAS would otherwise fall back to kernels that are 5 to 7 times slower (NOTES.md), and
+ours would read one number at a time. The copy is 77 MB there.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -40,7 +40,7 @@ _PADDING = 64  # numbers; 128 bytes in half precision, a line of the cache
 _ALIGNMENT = 8  # numbers; 16 bytes in half precision, what the tensor cores' loads and stores want
 _ROW_GROUP = 128  # rows of a matmul's tile: a chunk of another size leaves part of its last tiles idle
 _LEAST_CHUNK = 256 << 20
-_L2_SHARE = 40 << 20  # of the 50 MB that an A100, H100 or H200 has
+_L2_SHARE = 40 << 20  # of an H200's 50 MB
 _MAX_WARPS = 16
 
 
