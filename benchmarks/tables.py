@@ -25,6 +25,7 @@ COLOURS = {
     "best peer": "#8d99ae",
     OURS: "#d1495b",
     "oslo_fusion kernels": "#d1495b",
+    "oslo_fusion kernels and loss": "#9b2335",
     "oslo_fusion": "#e9a6ad",
     "liger kernels": "#5b8e7d",
     "liger": "#bcd2c7",

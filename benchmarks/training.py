@@ -47,15 +47,17 @@ from oslo_fusion.report import FusionReport
 from oslo_fusion.workload import Answers, Stopwatch, Workload, synchronize
 
 CONFIG = {"kernel_fusion": {"enable": True, "custom_cuda_kernels": "all"}}
+LOSS = {"kernel_fusion": {"enable": True, "custom_cuda_kernels": ["all", "FusedLinearCrossEntropy"]}}
 MODELS = {"t5-base": ("t5", 32, 512), "llama-1b": ("llama", 8, 2048)}
 """Name in :data:`oslo_fusion.models.MODELS`, batch, tokens per sample (of T5 on both sides)."""
 
-EAGER, OURS = "eager", "oslo_fusion kernels"
-PROVIDERS = (EAGER, OURS, "oslo_fusion", "liger kernels", "liger")
-"""``oslo_fusion kernels``: what ``custom_cuda_kernels: all`` gives, without the TorchScript room. ``oslo_fusion``: every room.
+EAGER, OURS, OURS_LOSS = "eager", "oslo_fusion kernels", "oslo_fusion kernels and loss"
+PROVIDERS = (EAGER, OURS, OURS_LOSS, "oslo_fusion", "liger kernels", "liger")
+"""``oslo_fusion kernels``: what ``custom_cuda_kernels: all`` gives, without the TorchScript room; ``and loss``: with
+``FusedLinearCrossEntropy`` too. ``oslo_fusion``: every room.
 ``liger kernels``: norms, gated product and rotary embedding, like with like. ``liger``: its fused linear cross entropy too."""
 
-DEFAULT = (EAGER, OURS, "liger kernels", "liger")
+DEFAULT = (EAGER, OURS, OURS_LOSS, "liger kernels", "liger")
 ROUNDS = 5
 CALLS = 4
 SETTLE = 2  # calls before each round's timed ones: they fetch from the driver the memory that was given back
@@ -73,9 +75,9 @@ class Absent(Exception):
 # --- in the provider's process ----------------------------------------------------------------------------------------------
 
 
-def initialize_kernels(model: nn.Module) -> None:
+def initialize_kernels(model: nn.Module, config: Mapping[str, Any]) -> None:
     """:func:`oslo_fusion.initialize` without the TorchScript room, so that kernels alone are measured."""
-    planned = engine.plan(model, CONFIG)
+    planned = engine.plan(model, config)
     kept = dataclasses.replace(planned, proposals=tuple(p for p in planned.proposals if p.room != TorchScriptPass.name))
     with surgery.transaction(model):
         surgery.apply(model, [swap for p in kept.proposals if p.outcome == "fused" for swap in p.swaps])
@@ -109,8 +111,8 @@ def liger_version() -> str | None:
 
 def apply_provider(name: str, model: nn.Module) -> None:
     """Make ``model`` the provider's."""
-    if name == OURS:
-        initialize_kernels(model)
+    if name in (OURS, OURS_LOSS):
+        initialize_kernels(model, CONFIG if name == OURS else LOSS)
     elif name == "oslo_fusion":
         engine.initialize(model, CONFIG)
     elif name.startswith("liger"):
