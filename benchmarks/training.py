@@ -48,13 +48,23 @@ from oslo_fusion.workload import Answers, Stopwatch, Workload, synchronize
 
 CONFIG = {"kernel_fusion": {"enable": True, "custom_cuda_kernels": "all"}}
 LOSS = {"kernel_fusion": {"enable": True, "custom_cuda_kernels": ["all", "FusedLinearCrossEntropy"]}}
+
+
+def compiled(budget: float) -> dict[str, Any]:
+    """Layers compiled under a memory budget, and the fused loss."""
+    block = {"scope": "layer", "activation_memory_budget": budget}
+    kernels = ["all", "FusedLinearCrossEntropy"]
+    return {"kernel_fusion": {"enable": True, "memory_efficient_fusion": block, "custom_cuda_kernels": kernels}}
+
+
 MODELS = {"t5-base": ("t5", 32, 512), "llama-1b": ("llama", 8, 2048)}
 """Name in :data:`oslo_fusion.models.MODELS`, batch, tokens per sample (of T5 on both sides)."""
 
 EAGER, OURS, OURS_LOSS = "eager", "oslo_fusion kernels", "oslo_fusion kernels and loss"
-PROVIDERS = (EAGER, OURS, OURS_LOSS, "oslo_fusion", "liger kernels", "liger")
+COMPILED = {"oslo_fusion memory-efficient": 1.0, "oslo_fusion memory-efficient, budget 0": 0.0}
+PROVIDERS = (EAGER, OURS, OURS_LOSS, "oslo_fusion", *COMPILED, "liger kernels", "liger", "compile")
 """``oslo_fusion kernels``: what ``custom_cuda_kernels: all`` gives, without the TorchScript room; ``and loss``: with
-``FusedLinearCrossEntropy`` too. ``oslo_fusion``: every room.
+``FusedLinearCrossEntropy`` too. ``oslo_fusion``: every room. ``memory-efficient``: layers compiled, and the fused loss.
 ``liger kernels``: norms, gated product and rotary embedding, like with like. ``liger``: its fused linear cross entropy too."""
 
 DEFAULT = (EAGER, OURS, OURS_LOSS, "liger kernels", "liger")
@@ -115,6 +125,10 @@ def apply_provider(name: str, model: nn.Module) -> None:
         initialize_kernels(model, CONFIG if name == OURS else LOSS)
     elif name == "oslo_fusion":
         engine.initialize(model, CONFIG)
+    elif name in COMPILED:
+        engine.initialize(model, compiled(COMPILED[name]))
+    elif name == "compile":
+        model.compile()
     elif name.startswith("liger"):
         # On this instance, and on transformers' globals where Liger knows no other way.
         liger_recipe(model)(model=model, fused_linear_cross_entropy=name == "liger")

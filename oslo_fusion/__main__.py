@@ -25,7 +25,7 @@ from rich.text import Text
 
 import oslo_fusion
 from oslo_fusion import engine, extension, models, workload
-from oslo_fusion.config import parse_config
+from oslo_fusion.config import FusionConfig, parse_config
 from oslo_fusion.environment import (
     SUPPORTED_PYTHON,
     SUPPORTED_TORCH,
@@ -106,9 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument(
         "--mode",
-        default="forward",
+        default=None,
         metavar="|".join(workload.MODES),
-        help="forward without gradients, or a whole training step with fused AdamW (default: forward)",
+        help="forward without gradients, or a whole training step with fused AdamW (default: forward; training in a sweep)",
     )
     bench.add_argument(
         "--providers",
@@ -117,6 +117,25 @@ def _parser() -> argparse.ArgumentParser:
         help=f"comma-separated, out of: {', '.join(workload.PROVIDERS)}; or all (default: eager,oslo_fusion)",
     )
     bench.add_argument("--repeats", type=int, default=50, metavar="N", help="timed calls per provider (default: 50)")
+    bench.add_argument(
+        "--sweep",
+        choices=["activation_memory_budget"],
+        default=None,
+        help="instead of comparing providers, train at several settings of this dial and draw tokens/s against memory",
+    )
+    bench.add_argument(
+        "--budgets",
+        default=",".join(f"{budget:g}" for budget in workload.BUDGETS),
+        metavar="NUMBERS",
+        help="the settings of a sweep, from 0 to 1, comma-separated (default: %(default)s)",
+    )
+    bench.add_argument(
+        "--memory",
+        type=float,
+        default=None,
+        metavar="GIB",
+        help="of a sweep: pick the fastest setting that needs at most this much (default: no limit)",
+    )
     bench.add_argument(
         "--out",
         type=Path,
@@ -205,10 +224,12 @@ def gather_info() -> dict[str, Any]:
     ]
     if no_cuda:
         devices.append({"device": "cuda", "name": "none", "details": no_cuda})
-    cuda_fuser = here.torchscript_fuser("cuda")
+    on_cuda = [here.torchscript_fuser("cuda"), here.inductor("cuda")]
     if no_cuda:
-        cuda_fuser = dataclasses.replace(cuda_fuser, reason=f"{cuda_fuser.reason}: {no_cuda}")
-    abilities = [here.torchscript_fuser("cpu"), cuda_fuser, _extension_ability(), _picture_ability()]
+        on_cuda = [dataclasses.replace(ability, reason=f"{ability.reason}: {no_cuda}") for ability in on_cuda]
+    script, inductor = on_cuda
+    compilers = [here.torchscript_fuser("cpu"), script, here.inductor("cpu"), inductor]
+    abilities = [*compilers, _extension_ability(), _picture_ability()]
     return {"versions": versions, "devices": devices, "abilities": [dataclasses.asdict(a) for a in abilities]}
 
 
@@ -269,7 +290,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         model=arguments.model,
         batch=arguments.batch,
         seq=arguments.seq,
-        mode=arguments.mode,
+        mode=arguments.mode or ("training" if arguments.sweep else "forward"),
         dtype=arguments.dtype,
         device=arguments.device or models.default_device(),
         size=arguments.size,
@@ -279,6 +300,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out: received {str(out)!r}: {error.strerror}. Remedy: a directory to write to.") from None
+    if arguments.sweep:
+        return _sweep(load, config.fusion, arguments)
     try:
         with _progress() as progress:
             task = progress.add_task("starting", total=3 + len(providers))
@@ -311,6 +334,100 @@ def _bench(arguments: argparse.Namespace) -> int:
             console.print(Text(f"  {refusal['sites']} × {refusal['kind']}: {refusal['reason']}"), soft_wrap=True)
     console.print(Text(f"written: {json_path} and {png_path}"), soft_wrap=True)
     return 1 if any(row["error"] for row in result["rows"]) else 0
+
+
+def _sweep(load: workload.Workload, config: FusionConfig, arguments: argparse.Namespace) -> int:
+    try:
+        budgets = [float(word) for word in arguments.budgets.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--budgets: received {arguments.budgets!r}. Allowed: numbers from 0 to 1, comma-separated. Remedy: 0,0.5,1."
+        ) from None
+    with _progress() as progress:
+        task = progress.add_task("starting", total=1 + len(budgets))
+        result = workload.sweep(
+            load,
+            config,
+            budgets,
+            memory_gib=arguments.memory,
+            repeats=arguments.repeats,
+            on_stage=lambda text: progress.update(task, description=text, advance=1),
+        )
+    result = {**workload.facts(load.torch_device), **result}
+    name = workload.slug(f"{Path(load.model).name}-{arguments.sweep}-{models.dtype_name(load.torch_dtype)}")
+    stem = arguments.out / f"{name}-{load.batch}x{load.seq}"
+    json_path, png_path = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".png")
+    json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    draw_sweep(result, png_path)
+    console = _console()
+    console.print(sweep_table(result))
+    for row in result["rows"]:
+        if row["error"] not in (None, "OOM"):
+            console.print(Text(f"{_setting(row)}: {row['error']}", style="red"), soft_wrap=True)
+    limit = "" if arguments.memory is None else f" within {arguments.memory:g} GiB"
+    if result["picked"] is None:
+        console.print(Text(f"no setting runs{limit}", style="yellow"))
+    else:
+        console.print(Text(f"fastest{limit}: activation_memory_budget: {result['picked']:g}"))
+    console.print(Text(f"written: {json_path} and {png_path}"), soft_wrap=True)
+    return 1 if any(row["error"] not in (None, "OOM") for row in result["rows"]) else 0
+
+
+def _setting(row: dict[str, Any]) -> str:
+    return "eager" if row["budget"] is None else f"{row['budget']:g}"
+
+
+def sweep_table(result: dict[str, Any]) -> Table:
+    """The rows of :func:`oslo_fusion.workload.sweep` as a table. A setting that ran out of memory says OOM."""
+    table = Table(title=describe(result["workload"]), title_justify="left")
+    table.add_column("activation_memory_budget")
+    kept = "kept for the backward"
+    memories = dict.fromkeys([result["memory"], kept])  # on the CPU the same
+    for heading in ("tokens/s", "median ms", "P90 ms", *(f"GiB {memory}" for memory in memories), "first call s"):
+        table.add_column(heading, justify="right")
+    for row in result["rows"]:
+        style = "bold green" if row["budget"] is not None and row["budget"] == result["picked"] else ""
+        if row["error"]:
+            table.add_row(_setting(row), Text("OOM" if row["error"] == "OOM" else "failed", style="red"))
+            continue
+        table.add_row(
+            Text(_setting(row), style=style),
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['median_s'] * 1e3:.3f}",
+            f"{row['p90_s'] * 1e3:.3f}",
+            *(f"{row['saved_bytes' if memory == kept else 'memory_bytes'] / 2**30:.3f}" for memory in memories),
+            f"{row['first_call_s']:.2f}",
+        )
+    return table
+
+
+def draw_sweep(result: dict[str, Any], path: Path) -> None:
+    """Tokens per second against GiB, a point per setting; the picked one in colour. Needs matplotlib (extra ``bench``)."""
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    rows = [row for row in result["rows"] if not row["error"]]
+    curve = sorted((row for row in rows if row["budget"] is not None), key=lambda row: row["budget"])
+    axes.plot([r["memory_bytes"] / 2**30 for r in curve], [r["tokens_per_s"] for r in curve], color="#d1495b", lw=1, zorder=1)
+    for row in rows:
+        picked = row["budget"] is not None and row["budget"] == result["picked"]
+        colour = "#8d99ae" if row["budget"] is None else "#d1495b"
+        at = (row["memory_bytes"] / 2**30, row["tokens_per_s"])
+        axes.scatter(
+            *at, s=90 if picked else 36, color=colour if picked or row["budget"] is None else "white", edgecolors=colour
+        )
+        axes.annotate(_setting(row), at, xytext=(6, 4), textcoords="offset points", fontsize=9)
+    if result["memory_gib"] is not None:
+        axes.axvline(result["memory_gib"], color="#444444", lw=1, ls="--")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(f"GiB {result['memory']}")
+    axes.set_ylabel("tokens per second")
+    axes.set_title(
+        f"activation_memory_budget\n{describe(result['workload'])}, {result['device']['name']}", fontsize=9, loc="left"
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def result_table(result: dict[str, Any]) -> Table:

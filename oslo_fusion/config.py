@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from oslo_fusion.errors import ConfigError
 
 BLOCK = "kernel_fusion"
+AOT_BLOCK = "memory_efficient_fusion"
 KERNELS = (
     "FusedRMSNorm",
     "FusedLayerNorm",
@@ -37,8 +38,56 @@ KERNELS = (
 KERNEL = ("auto", "triton", "cuda")
 AUTOTUNE = ("off", "cached", "full")
 ON_REFUSAL = ("report", "raise")
+SCOPES = ("layer", "model")
 _FILE_ENDINGS = (".yaml", ".yml", ".json")
 _LATER_KEYS = ("preset", "cuda_graphs", "padding_free", "generation")
+
+
+@dataclass(frozen=True)
+class MemoryEfficientFusion:
+    """The ``memory_efficient_fusion`` block: AOT Autograd and Inductor, and how much of the forward is kept for the backward.
+
+    Attributes:
+        activation_memory_budget: 1 is fastest, 0 recomputes everything in the backward. In ``scope: layer`` that is each
+            layer's own share: 0 keeps a layer's inputs, as gradient checkpointing does.
+        scope: ``layer`` compiles a repeated layer once for all its kind; ``model`` the whole forward.
+        replacements: ``package.module:name`` of each :class:`oslo_fusion.aot.Replacement` to use: one's own kernels in
+            place of patterns.
+
+    Raises:
+        ConfigError: a field has the wrong type or a value that is not allowed.
+    """
+
+    activation_memory_budget: float = 1.0
+    scope: str = "layer"
+    replacements: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        path = f"{AOT_BLOCK}.activation_memory_budget"
+        budget: object = self.activation_memory_budget
+        scope: object = self.scope
+        names: object = self.replacements
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 <= budget <= 1:
+            remedy = "write 0.5 for half of the memory"
+            if isinstance(budget, (int, float)) and 1 < budget <= 100 and not isinstance(budget, bool):
+                remedy = f"it is a share, not a percentage or GiB: {budget} % is {budget / 100:g}"
+            raise _wrong(path, budget, "a number from 0 to 1", remedy)
+        object.__setattr__(self, "activation_memory_budget", float(budget))
+        if not isinstance(scope, str) or scope not in SCOPES:
+            raise _wrong(f"{AOT_BLOCK}.scope", scope, " | ".join(SCOPES), _nearest(scope, SCOPES))
+        path = f"{AOT_BLOCK}.replacements"
+        if isinstance(names, (str, bytes)) or not isinstance(names, Sequence):
+            raise _wrong(path, names, "a list of 'package.module:name'", "write replacements: [my_package.kernels:gated]")
+        for index, name in enumerate(names):
+            module, _, attribute = name.partition(":") if isinstance(name, str) else ("", "", "")
+            if not attribute.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+                raise _wrong(
+                    f"{path}[{index}]", name, "'package.module:name'", "name an importable oslo_fusion.aot.Replacement"
+                )
+        object.__setattr__(self, "replacements", tuple(names))
+
+
+_AOT_KEYS = tuple(field.name for field in dataclasses.fields(MemoryEfficientFusion))
 
 
 @dataclass(frozen=True)
@@ -47,8 +96,8 @@ class FusionConfig:
 
     Attributes:
         enable: fuse. ``False`` leaves the model untouched, as in OSLO.
-        memory_efficient_fusion: AOT Autograd instead of TorchScript. This version has no AOT room: the plan says so
-            in a row and uses TorchScript.
+        memory_efficient_fusion: AOT Autograd instead of TorchScript: ``True``, or a :class:`MemoryEfficientFusion`, or a
+            mapping with its fields. Anything but ``False`` is kept as a :class:`MemoryEfficientFusion`.
         custom_cuda_kernels: kernels to use beside the rest: ``FusedRMSNorm`` and ``FusedLayerNorm`` for norms,
             ``FusedSwiGLU`` and ``FusedGeGLU`` for gated MLPs, ``FusedRoPE`` for the rotary embedding of attention,
             ``FusedNoRepeatNGram`` for n-gram blocking in ``generate``; ``("all",)`` for all of these. Only by name:
@@ -67,7 +116,7 @@ class FusionConfig:
     """
 
     enable: bool = False
-    memory_efficient_fusion: bool = False
+    memory_efficient_fusion: bool | MemoryEfficientFusion = False
     custom_cuda_kernels: tuple[str, ...] = ()
     kernel: str = "auto"
     autotune: str = "cached"
@@ -75,22 +124,29 @@ class FusionConfig:
     on_refusal: str = "report"
 
     def __post_init__(self) -> None:
-        for name in ("enable", "memory_efficient_fusion", "verify"):
+        for name in ("enable", "verify"):
             value = getattr(self, name)
             if not isinstance(value, bool):
-                remedy = "write true or false, without quotes"
-                if name == "memory_efficient_fusion" and isinstance(value, Mapping):
-                    remedy = "the block form belongs to the AOT room, which this version does not have; " + remedy
-                raise _wrong(name, value, "true or false", remedy)
+                raise _wrong(name, value, "true or false", "write true or false, without quotes")
+        object.__setattr__(self, "memory_efficient_fusion", _memory_efficient_fusion(self.memory_efficient_fusion))
         object.__setattr__(self, "custom_cuda_kernels", _kernel_names(self.custom_cuda_kernels))
         for name, allowed in (("kernel", KERNEL), ("autotune", AUTOTUNE), ("on_refusal", ON_REFUSAL)):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in allowed:
                 raise _wrong(name, value, " | ".join(allowed), _nearest(value, allowed))
 
+    @property
+    def aot(self) -> MemoryEfficientFusion | None:
+        """The settings of the AOT room, None where it is off."""
+        block = self.memory_efficient_fusion
+        return block if self.enable and isinstance(block, MemoryEfficientFusion) else None
+
     def to_dict(self) -> dict[str, Any]:
         """The block as plain data, ready for YAML or JSON."""
-        return {**dataclasses.asdict(self), "custom_cuda_kernels": list(self.custom_cuda_kernels)}
+        plain = {**dataclasses.asdict(self), "custom_cuda_kernels": list(self.custom_cuda_kernels)}
+        if isinstance(block := plain["memory_efficient_fusion"], dict):
+            block["replacements"] = list(block["replacements"])
+        return plain
 
 
 _KEYS = tuple(field.name for field in dataclasses.fields(FusionConfig))
@@ -179,6 +235,23 @@ def _parse_tree(tree: object, where: str) -> ParsedConfig:
 def _other_blocks(tree: Mapping[Any, Any]) -> tuple[str, ...]:
     others = [str(key) for key in tree if key != BLOCK]
     return (f"left alone in the configuration, outside {BLOCK}: {', '.join(others)}",) if others else ()
+
+
+def _memory_efficient_fusion(value: object) -> bool | MemoryEfficientFusion:
+    if isinstance(value, MemoryEfficientFusion) or value is False:
+        return value
+    if value is True:
+        return MemoryEfficientFusion()
+    if not isinstance(value, Mapping):
+        remedy = f"write true, or {AOT_BLOCK}: {{activation_memory_budget: 0.5}}"
+        raise _wrong(AOT_BLOCK, value, f"true, false, or a block of {', '.join(_AOT_KEYS)}", remedy)
+    for key in value:
+        if key not in _AOT_KEYS:
+            raise ConfigError(
+                f"{BLOCK}.{AOT_BLOCK}.{key}: unknown key, received {_show(value[key])}. Allowed: {', '.join(_AOT_KEYS)}. "
+                f"Remedy: {_nearest(key, _AOT_KEYS) or 'remove the key'}."
+            )
+    return MemoryEfficientFusion(**value)
 
 
 def _kernel_names(value: object) -> tuple[str, ...]:

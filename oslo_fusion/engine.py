@@ -121,10 +121,6 @@ def restore(model: nn.Module) -> nn.Module:
 def _absent_rooms(config: FusionConfig) -> list[Proposal]:
     """Rows for what OSLO's configurations ask and this version cannot give."""
     wanted = []
-    if config.memory_efficient_fusion:
-        wanted.append(
-            ("memory_efficient_fusion", "AOT Autograd fusion is not part of this version; TorchScript fusion is used")
-        )
     served = {name for room in PASSES for name in room.kernels}
     for name in KERNELS if config.custom_cuda_kernels == ("all",) else config.custom_cuda_kernels:
         if name not in served:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import platform
+import shutil
 from dataclasses import dataclass
 
 import torch
 
+_TRITON_CAPABILITY = (7, 0)
 SUPPORTED_PYTHON = "3.10 to 3.13"
 SUPPORTED_TORCH = "2.11 to 2.13, newer where it works"
 SUPPORTED_TRANSFORMERS = "5.x, tested with 5.17"
@@ -63,6 +66,24 @@ class Environment:
                 return Ability(name, False, "the TorchScript fuser is switched off for the CPU in this process")
             return Ability(name, True, "NNC with LLVM")
         return Ability(name, False, f"the TorchScript fuser knows no device of type {device_type!r}")
+
+    def inductor(self, device_type: str) -> Ability:
+        """Whether Inductor can generate code for tensors on ``device_type`` (``cpu`` or ``cuda``)."""
+        name = f"Inductor on {device_type}"
+        if device_type == "cuda":
+            if not self.devices:
+                return Ability(name, False, "no CUDA device is visible")
+            if self.triton is None:
+                return Ability(name, False, "Inductor writes Triton kernels, and triton is not installed")
+            if self.hip is None and min(device.capability for device in self.devices) < _TRITON_CAPABILITY:
+                return Ability(name, False, "Triton needs a GPU of compute capability 7.0 or later")
+            return Ability(name, True, f"Triton {self.triton}")
+        if device_type == "cpu":
+            compiler = next(filter(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))), None)
+            if compiler is None:
+                return Ability(name, False, "Inductor writes C++, and no C++ compiler is found (CXX, g++, clang++)")
+            return Ability(name, True, f"C++ with {compiler}")
+        return Ability(name, False, f"Inductor is not tried on devices of type {device_type!r}")
 
 
 def _version(distribution: str) -> str | None:

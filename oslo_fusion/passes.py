@@ -1,14 +1,24 @@
 """The passes, in the order in which they are asked. The order is meaning: what an earlier pass claims, a later one leaves.
 
 The kernels room comes before the TorchScript one: a gated product that both could fuse moves 16 bytes per thread and access
-there and 2 or 4 here, and what a kernel does not take (another activation, no win on this device) TorchScript still may.
+there and 2 or 4 here, and what a kernel does not take (another activation, no win on this device) TorchScript still may. The
+AOT room comes before it too: it keeps out of what is compiled. Kernels stay inside, for what runs uncompiled there.
 """
 
 from __future__ import annotations
 
+from oslo_fusion.aot import AotPass
 from oslo_fusion.generation import GenerationPass
 from oslo_fusion.jit import TorchScriptPass
 from oslo_fusion.kernels import GatedMLPPass, LossPass, NormPass, RotaryPass
 from oslo_fusion.plan import Pass
 
-PASSES: tuple[Pass, ...] = (NormPass(), RotaryPass(), GatedMLPPass(), LossPass(), TorchScriptPass(), GenerationPass())
+PASSES: tuple[Pass, ...] = (
+    NormPass(),
+    RotaryPass(),
+    GatedMLPPass(),
+    LossPass(),
+    AotPass(),
+    TorchScriptPass(),
+    GenerationPass(),
+)

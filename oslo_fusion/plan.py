@@ -104,12 +104,24 @@ class Swap:
     attribute: str = ""
 
 
+class Runtime(Protocol):
+    """What is known only once the model has run, of compiled graphs say. Picklable; a model's rows share one."""
+
+    def __str__(self) -> str:
+        """In the report this takes the place of the row's reason."""
+        ...
+
+    def refusals(self) -> tuple[Proposal, ...]:
+        """Rows for what turned out not to go."""
+        ...
+
+
 @dataclass(frozen=True)
 class Proposal:
     """What a room wants to do at a site.
 
     ``before`` and ``after`` say in a few words what runs there; ``claims`` are the module paths that nobody else may
-    change; ``swaps`` is empty unless the outcome is ``fused``.
+    change; ``swaps`` is empty unless the outcome is ``fused``; ``runtime`` is what the report asks for news.
     """
 
     site: Site
@@ -121,6 +133,7 @@ class Proposal:
     claims: tuple[str, ...] = ()
     swaps: tuple[Swap, ...] = ()
     timings: tuple[Timing, ...] = ()
+    runtime: Runtime | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary, ready for JSON. Swaps are named by their donor."""

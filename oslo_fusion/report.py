@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from oslo_fusion.plan import FusionPlan, Outcome, Proposal, render
@@ -33,8 +33,11 @@ class FusionReport:
 
     @property
     def rows(self) -> tuple[Proposal, ...]:
-        """One row per site, in the plan's order."""
-        return self.plan.proposals
+        """One row per site, in the plan's order, with what has been found since the model ran."""
+        rows = [row if row.runtime is None else replace(row, reason=str(row.runtime)) for row in self.plan.proposals]
+        for runtime in {id(row.runtime): row.runtime for row in rows if row.runtime is not None}.values():
+            rows += runtime.refusals()
+        return tuple(rows)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -49,12 +52,13 @@ class FusionReport:
 
     def count(self, outcome: Outcome, kind: str | None = None) -> int:
         """How many sites have this outcome (and, if given, this kind)."""
-        return self.plan.count(outcome, kind)
+        return sum(row.outcome == outcome and kind in (None, row.site.kind) for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary, ready for JSON."""
         return {
             **self.plan.to_dict(),
+            "rows": [row.to_dict() for row in self.rows],
             "notes": list(self.notes),
             "verification": None if self.verification is None else vars(self.verification),
         }

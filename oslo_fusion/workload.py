@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from oslo_fusion import engine
-from oslo_fusion.config import parse_config
+from oslo_fusion.config import FusionConfig, MemoryEfficientFusion, parse_config
 from oslo_fusion.environment import environment
 from oslo_fusion.errors import ConfigError, PlanError
 from oslo_fusion.models import SIZES, build_model, dtype_name, parse_device, parse_dtype, seeded, wrong_value
@@ -624,7 +624,7 @@ def compare(
     fusion = parse_config(config).fusion
     device = workload.torch_device
     on_stage(f"checking answers ({workload.model}, {dtype_name(workload.torch_dtype)}, {workload.mode})")
-    with _exact_float32():
+    with _exact_float32(), _no_compiler_caches(fusion):
         gate = run_check(workload, fusion) if "oslo_fusion" in providers else None
         free_memory(device)
         on_stage("measuring the roof")
@@ -789,6 +789,141 @@ def _add_speedups(rows: list[dict[str, Any]]) -> None:
             row["speedup"] = base / row["median_s"]
 
 
+# --- the dial -------------------------------------------------------------------------------------------------------
+
+BUDGETS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+
+
+def sweep(
+    workload: Workload,
+    config: object,
+    budgets: Sequence[float] = BUDGETS,
+    *,
+    memory_gib: float | None = None,
+    repeats: int = 20,
+    warmup: int = MIN_WARMUP,
+    on_stage: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Training speed against memory over ``activation_memory_budget``, and the fastest setting that fits.
+
+    Each budget gets a fresh, identically seeded model, whose loss and gradients are checked before it is timed; one that runs
+    out of memory, or fails, gives a row with its error, and the sweep goes on. Key/value caches are off, as in Trainer.
+
+    Args:
+        workload: what to time, in mode ``training``.
+        config: as for :func:`compare`; ``scope`` and everything else but the budget are taken from it.
+        budgets: numbers from 0 to 1.
+        memory_gib: how much may be used; None for as much as there is.
+        repeats, warmup: as for :func:`measure`.
+        on_stage: called with a few words as each of the ``1 + len(budgets)`` stages begins.
+
+    Returns:
+        Plain data: ``workload``, ``config``, ``memory``: what is counted as memory, ``memory_gib``, ``rows``: for eager and
+        per budget ``tokens_per_s``, ``memory_bytes``, ``saved_bytes`` (what autograd keeps between forward and backward), the
+        fields of :class:`Measurement` and ``error``; and ``picked``: the budget of the fastest row that fits, or None.
+
+    Raises:
+        ConfigError: an argument is unusable; nothing was timed.
+    """
+    if workload.mode != "training":
+        raise wrong_value("mode", workload.mode, ("training",))
+    if memory_gib is not None and not memory_gib > 0:
+        raise ConfigError(f"memory: received {memory_gib!r}. Allowed: GiB above 0. Remedy: memory=80.")
+    _check_calls(repeats, warmup)
+    if not budgets:
+        raise ConfigError("budgets: received none. Allowed: numbers from 0 to 1. Remedy: budgets=(0, 0.5, 1).")
+    fusion = parse_config(config).fusion
+    block = fusion.memory_efficient_fusion
+    block = block if isinstance(block, MemoryEfficientFusion) else MemoryEfficientFusion()
+    blocks = [dataclasses.replace(block, activation_memory_budget=budget) for budget in dict.fromkeys(budgets)]
+    settings = [dataclasses.replace(fusion, enable=True, memory_efficient_fusion=block) for block in blocks]
+    rows = []
+    with _exact_float32(), _no_compiler_caches(settings[0]):
+        on_stage("eager")
+        rows.append(_sweep_row(workload, None, repeats, warmup))
+        for number, setting in enumerate(settings):
+            budget = blocks[number].activation_memory_budget
+            on_stage(f"activation_memory_budget {budget:g}")
+            rows.append({**_sweep_row(workload, setting, repeats, warmup), "budget": budget})
+    return {
+        "workload": workload.to_dict(),
+        "config": settings[-1].to_dict(),
+        "memory": "peak allocated" if workload.torch_device.type == "cuda" else "kept for the backward",
+        "memory_gib": memory_gib,
+        "rows": rows,
+        "picked": pick(rows, memory_gib),
+    }
+
+
+def pick(rows: Sequence[Mapping[str, Any]], memory_gib: float | None) -> float | None:
+    """The budget of the fastest row without an error that needs at most this much memory; None if there is none."""
+    limit = math.inf if memory_gib is None else memory_gib * 2**30
+    fitting = [row for row in rows if row["budget"] is not None and row["error"] is None and row["memory_bytes"] <= limit]
+    best = max(fitting, key=lambda row: row["tokens_per_s"], default=None)
+    return None if best is None else float(best["budget"])
+
+
+def _sweep_row(workload: Workload, config: Any, repeats: int, warmup: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"budget": None, "error": None}
+    try:
+        if config is not None:
+            run_check(workload, config)
+            torch._dynamo.reset()
+            free_memory(workload.torch_device)
+        row.update(_sweep_measurement(workload, config, repeats, warmup))
+    except (torch.OutOfMemoryError, MemoryError):
+        row["error"] = "OOM"
+    except AssertionError as error:
+        row["error"] = f"the answers differ: {error}"[:600]
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:600]
+    torch._dynamo.reset()
+    free_memory(workload.torch_device)  # after the handler: until then the error's frames hold the model
+    return row
+
+
+def _sweep_measurement(workload: Workload, config: Any, repeats: int, warmup: int) -> dict[str, Any]:
+    device, before = workload.torch_device, _allocated(workload.torch_device)
+    model = workload.build()
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    if config is not None:
+        engine.initialize(model, config)
+    step = make_step(model, list(model.parameters()), workload.mode)
+    inputs = workload.inputs(model)
+    watch = Stopwatch(lambda: step(inputs), device)
+    watch.warm_up(warmup)
+    saved = _saved_bytes(model, inputs)
+    resident = _allocated(device) - before
+    watch.time(repeats)
+    measured = watch.measurement(resident)
+    tokens = workload.batch * workload.seq
+    return {
+        **dataclasses.asdict(measured),
+        "tokens_per_s": tokens / measured.median_s,
+        "saved_bytes": saved,
+        "memory_bytes": saved if measured.peak_bytes is None else measured.peak_bytes,
+    }
+
+
+def _saved_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """Bytes that autograd keeps from a forward for its backward, parameters not counted."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**inputs).loss
+    total = sum(kept.values())  # while all are alive, so that no address was used twice
+    del loss
+    return total
+
+
 # --- where and when -------------------------------------------------------------------------------------------------
 
 
@@ -850,6 +985,19 @@ def free_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _no_compiler_caches(config: FusionConfig) -> Iterator[None]:
+    """Where ours compiles, what an earlier run left on disk must not be timed as the first call."""
+    if config.aot is None:
+        yield
+        return
+    torch.compiler.config.force_disable_caches = True
+    try:
+        yield
+    finally:
+        _reset_compiler()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 import oslo_fusion as oslo
 from oslo_fusion import ConfigError, FusionConfig, extension
-from oslo_fusion.config import parse_config
+from oslo_fusion.config import MemoryEfficientFusion, parse_config
 
 OSLO_TUTORIALS: list[dict[str, Any]] = [
     {"kernel_fusion": {"enable": True}},
@@ -54,13 +54,29 @@ def test_oslo_tutorial_configs_run_verbatim(config: dict[str, Any], build: Any) 
     assert oslo.initialize(model, config=config) is model
     rows = {row.site.path: row for row in oslo.report(model).rows}
     block = config["kernel_fusion"]
-    assert ("kernel_fusion.memory_efficient_fusion" in rows) == ("memory_efficient_fusion" in block)
+    assert any(row.room == "aot" for row in oslo.report(model).rows) == ("memory_efficient_fusion" in block)
     if "custom_cuda_kernels" in block:
         norm = rows["decoder.final_layer_norm"]
         assert norm.room == "kernels"
         reason = extension.failure()
         assert norm.reason == f"no kernel on the CPU: {reason}" if reason else "float32 16384×64: forward" in norm.reason
         assert rows["generate"].site.kind == "n-gram blocking"
+
+
+def aot(block: dict[str, Any]) -> dict[str, Any]:
+    return {"kernel_fusion": {"enable": True, "memory_efficient_fusion": block}}
+
+
+def test_memory_efficient_fusion_is_a_switch_or_a_block() -> None:
+    assert FusionConfig(enable=True).aot is None
+    assert FusionConfig(memory_efficient_fusion=True).aot is None, "enable is false"
+    on = parse_config(aot({})).fusion
+    assert on == FusionConfig(enable=True, memory_efficient_fusion=True)
+    assert on.aot == MemoryEfficientFusion(1.0, "layer")
+    block = {"activation_memory_budget": 0, "scope": "model", "replacements": ["package.module:name"]}
+    parsed = parse_config(OmegaConf.create(aot(block))).fusion
+    assert parsed.to_dict()["memory_efficient_fusion"] == block
+    assert parse_config({"kernel_fusion": parsed.to_dict()}).fusion == parsed
 
 
 @pytest.mark.parametrize(
@@ -80,7 +96,17 @@ def test_oslo_tutorial_configs_run_verbatim(config: dict[str, Any], build: Any) 
         ({"kernel_fusion": {"enable": "yes"}}, ["kernel_fusion.enable", "'yes' (str)", "true or false"]),
         ({"kernel_fusion": {"enable": 1}}, ["kernel_fusion.enable", "1 (int)"]),
         ({"kernel_fusion": {"enable": None}}, ["kernel_fusion.enable", "None"]),
-        ({"kernel_fusion": {"memory_efficient_fusion": {"scope": "layer"}}}, ["memory_efficient_fusion", "block form"]),
+        ({"kernel_fusion": {"memory_efficient_fusion": "yes"}}, ["kernel_fusion.memory_efficient_fusion", "'yes' (str)"]),
+        ({"kernel_fusion": {"memory_efficient_fusion": None}}, ["memory_efficient_fusion", "None", "activation_memory_budget"]),
+        (aot({"scope": "layers"}), ["kernel_fusion.memory_efficient_fusion.scope", "layer | model", "did you mean layer?"]),
+        (aot({"activation_memory_budget": 1.5}), ["memory_efficient_fusion.activation_memory_budget", "1.5", "0 to 1"]),
+        (aot({"activation_memory_budget": 50}), ["50 (int)", "50 % is 0.5"]),
+        (aot({"activation_memory_budget": -0.1}), ["-0.1"]),
+        (aot({"activation_memory_budget": float("nan")}), ["nan"]),
+        (aot({"activation_memory_budget": True}), ["True (bool)"]),
+        (aot({"budget": 0.5}), ["memory_efficient_fusion.budget", "unknown key", "activation_memory_budget"]),
+        (aot({"replacements": "a:b"}), ["memory_efficient_fusion.replacements", "a list"]),
+        (aot({"replacements": ["a.b"]}), ["replacements[0]", "package.module:name"]),
         ({"kernel_fusion": {"custom_cuda_kernels": "FusedRMSNorm"}}, ["custom_cuda_kernels", "a list"]),
         ({"kernel_fusion": {"custom_cuda_kernels": ["FusedRmsNorm"]}}, ["kernels[0]", "did you mean FusedRMSNorm?"]),
         ({"kernel_fusion": {"custom_cuda_kernels": ["FusedRMSNorm", 3]}}, ["kernels[1]", "3 (int)"]),

@@ -104,6 +104,10 @@ def test_bad_input_is_one_message(capsys, tmp_path, monkeypatch, command, argume
         (["--providers", "eager,ours"], "providers: received 'ours'"),
         (["--out", "a-file"], "a directory to write to"),
         (["--repeats", "0"], "repeats: received 0"),
+        (["--sweep", "activation_memory_budget", "--mode", "forward"], "mode: received 'forward'"),
+        (["--sweep", "activation_memory_budget", "--budgets", "0,half"], "--budgets: received '0,half'"),
+        (["--sweep", "activation_memory_budget", "--budgets", "0,2"], "activation_memory_budget: received 2.0"),
+        (["--sweep", "activation_memory_budget", "--memory", "-1"], "memory: received -1.0"),
     ],
 )
 def test_bench_refuses_bad_input(capsys, tmp_path, monkeypatch, arguments, says):
@@ -149,6 +153,46 @@ def test_bench_with_a_failed_provider_writes_the_rest(capsys, tmp_path):
     assert main(["bench", *TINY, "--batch", "2", "--seq", "8", *providers, "--out", str(tmp_path)]) == 1
     assert "CUDA graphs" in capsys.readouterr().out
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_sweep_goes_on_after_oom_and_picks_what_fits(capsys, tmp_path, monkeypatch):
+    from oslo_fusion.aot import room
+
+    monkeypatch.setattr(room, "COMPILER", "eager")
+    real = workload.run_check
+
+    def oom_at_half(load, config):
+        if config.aot.activation_memory_budget == 0.5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(load, config)
+
+    monkeypatch.setattr(workload, "run_check", oom_at_half)
+    arguments = ["bench", *TINY, "--sweep", "activation_memory_budget", "--batch", "2", "--seq", "16", "--repeats", "1"]
+    assert main([*arguments, "--budgets", "0,0.5,1", "--memory", "4", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "OOM" in printed
+    assert "fastest within 4 GiB: activation_memory_budget: " in printed
+    found = json.loads((tmp_path / "gpt2-activation-memory-budget-float32-2x16.json").read_text())
+    eager, zero, half, one = found["rows"]
+    assert [row["budget"] for row in found["rows"]] == [None, 0, 0.5, 1]
+    assert half["error"] == "OOM"
+    assert zero["saved_bytes"] < 0.6 * one["saved_bytes"] <= 0.6 * eager["saved_bytes"]
+    assert found["picked"] in (0, 1)
+    assert (tmp_path / "gpt2-activation-memory-budget-float32-2x16.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*arguments, "--budgets", "0", "--memory", "1e-6", "--out", str(tmp_path)]) == 0
+    assert "no setting runs within 1e-06 GiB" in capsys.readouterr().out
+
+
+def test_pick_takes_the_fastest_that_fits():
+    gib = 2**30
+    rows = [
+        {"budget": None, "error": None, "memory_bytes": 1, "tokens_per_s": 1e9},  # eager is no setting
+        {"budget": 0.0, "error": None, "memory_bytes": 4 * gib, "tokens_per_s": 10},
+        {"budget": 0.5, "error": None, "memory_bytes": 6 * gib, "tokens_per_s": 30},
+        {"budget": 0.7, "error": None, "memory_bytes": 7 * gib, "tokens_per_s": 20},
+        {"budget": 1.0, "error": "OOM"},
+    ]
+    assert [workload.pick(rows, limit) for limit in (None, 7, 5, 4, 3)] == [0.5, 0.5, 0.0, 0.0, None]
 
 
 def test_runs_as_a_module():

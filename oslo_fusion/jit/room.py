@@ -31,10 +31,16 @@ class TorchScriptPass:
             reason = "enable is false"
             yield Proposal(Site("kernel_fusion.enable", "configuration", "-"), self.name, "-", "-", "off", reason)
             return
+        compiled = _compiled(taken)
+        for path in compiled:
+            site = Site(path or "forward", "everything inside", type(model.get_submodule(path)).__name__)
+            yield Proposal(
+                site, self.name, "-", "-", "off", "memory_efficient_fusion compiles it: Inductor fuses what is inside"
+            )
         scope = Scope(config, environment)
         claimed = set(taken)
         for path, module in model.named_modules():
-            if path in taken:
+            if path in taken or _is_inside(path, compiled):
                 continue  # a module is changed once, and whoever took it has given it a row
             for detect in (propose_mlp, propose_residual, propose_projection):
                 proposal = detect(path, module, scope)
@@ -45,11 +51,20 @@ class TorchScriptPass:
         home = placement(model)
         for path, parent, module in _leaves(model):
             where = placement(parent) or home
-            if path in claimed or where is None or where[0].type == "meta":
+            if path in claimed or _is_inside(path, compiled) or where is None or where[0].type == "meta":
                 continue
             proposal = propose_activation(path, module, *where, scope)
             if proposal is not None:
                 yield proposal
+
+
+def _compiled(taken: Taken) -> list[str]:
+    """Paths of what AOT Autograd has got instead of TorchScript, as OSLO has it; an empty path is the whole model."""
+    return list(dict.fromkeys(row.swaps[0].path for row in taken.values() if row.runtime is not None and row.swaps))
+
+
+def _is_inside(path: str, compiled: list[str]) -> bool:
+    return any(not outer or path == outer or path.startswith(f"{outer}.") for outer in compiled)
 
 
 def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:

@@ -1,0 +1,106 @@
+"""What stands on a model instance in place of a method: ``forward`` for ``scope: model``; and ``generate``, left uncompiled.
+
+The class is left alone, because transformers keys its recorders by it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import weakref
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from oslo_fusion.aot.layer import has_hooks_inside, is_traced
+from oslo_fusion.aot.programs import Programs
+
+
+class _Method:
+    """Holds its model weakly. Copied or pickled with its model, the copy belongs to the copied model.
+
+    Args:
+        model: the instance it stands on.
+        settings: ``programs``.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, model: nn.Module, settings: Mapping[str, Any]) -> None:
+        self._model = weakref.ref(model)
+        self.settings = dict(settings)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the original, which Trainer and ``generate`` ask for the names of inputs."""
+        return inspect.signature(self.original())
+
+    def original(self) -> Any:
+        """The method of the model's class, bound."""
+        model = self._model()
+        if model is None:
+            raise RuntimeError(
+                f"{self.name}: the model that was initialized is gone and this is a shallow copy of it. Remedy: copy.deepcopy, "
+                "or call oslo_fusion.initialize on the copy."
+            )
+        return getattr(type(model), self.name).__get__(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Method:
+        model: Any = self._model()
+        return type(self)(memo.get(id(model), model), copy.deepcopy(self.settings, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._model(), self.settings)
+
+
+class CompiledForward(_Method):
+    """The whole forward in one compiled form.
+
+    The original runs wherever it does for a layer; where a key/value cache is handed in; and where hidden states or attentions
+    are asked for, which transformers records by hooks.
+    """
+
+    name = "forward"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        original, programs = self.original(), self.settings["programs"]
+        assert isinstance(programs, Programs)
+        recorded = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
+        if is_traced() or programs.decoding or recorded or _has_cache(args, kwargs):
+            return original(*args, **kwargs)
+        if has_hooks_inside(original.__self__, programs.record):
+            return original(*args, **kwargs)
+        return programs.run(original.__func__, self.name, original.__self__, *args, **kwargs)
+
+
+class UncompiledGenerate(_Method):
+    """``generate`` as it is, with everything in it uncompiled: each text has its own length, and each step a longer cache."""
+
+    name = "generate"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        programs: Programs = self.settings["programs"]
+        programs.decoding += 1
+        try:
+            return self.original()(*args, **kwargs)
+        finally:
+            programs.decoding -= 1
+
+
+def _has_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if "transformers.cache_utils" not in sys.modules:
+        return False
+    from oslo_fusion.aot import cache
+
+    return cache.find(args, kwargs) is not None
+
+
+def generating(model: nn.Module) -> list[str]:
+    """Paths of the modules that have a ``generate`` to tell apart."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if callable(getattr(type(module), UncompiledGenerate.name, None)) and UncompiledGenerate.name not in module.__dict__
+    ]

@@ -1,0 +1,116 @@
+"""The AOT room's pass: the repeated layers of a model, or its whole forward, compiled at the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from oslo_fusion.aot.layer import CompiledLayer
+from oslo_fusion.aot.layers import Repeated, repeated_layers
+from oslo_fusion.aot.methods import CompiledForward, UncompiledGenerate, generating
+from oslo_fusion.aot.programs import Programs, load_replacement
+from oslo_fusion.aot.proof import difference
+from oslo_fusion.aot.record import ROOM
+from oslo_fusion.config import AOT_BLOCK, FusionConfig, MemoryEfficientFusion
+from oslo_fusion.decide import placement, refuse
+from oslo_fusion.environment import Environment
+from oslo_fusion.plan import NOTHING_TAKEN, Proposal, Site, Swap, Taken, leave
+
+LAYER, WHOLE = "repeated layer", "whole forward"
+COMPILER = "inductor"
+"""What makes code of the partitioned graphs; tests take ``eager`` where it is not Inductor that they are about."""
+
+
+class AotPass:
+    """Compiles with AOT Autograd and Inductor where ``memory_efficient_fusion`` asks for it.
+
+    Nothing is compiled to plan, unless ``verify: true`` wants each kind of layer proven: a compilation takes seconds.
+    """
+
+    name = ROOM
+    kernels: tuple[str, ...] = ()
+
+    def propose(
+        self, model: nn.Module, config: FusionConfig, environment: Environment, taken: Taken = NOTHING_TAKEN
+    ) -> Iterator[Proposal]:
+        """Yield one proposal per repeated layer, or one for the model."""
+        wish = Site(f"kernel_fusion.{AOT_BLOCK}", "configuration", "-")
+        if config.memory_efficient_fusion is not False and not config.enable:
+            yield Proposal(wish, ROOM, "-", "-", "off", "enable is false")
+        settings = config.aot
+        if settings is None:
+            return
+        for name in settings.replacements:
+            load_replacement(name)  # a wrong name is an error of the configuration, not of the first step
+        programs = Programs(settings, COMPILER)
+        if settings.scope == "model":
+            yield _with_generate(_propose_whole(model, programs, environment), model, programs)
+            return
+        layers = repeated_layers(model)
+        if not layers:
+            reason = f"this {type(model).__name__} has no list of repeated layers; scope: model compiles its whole forward"
+            yield refuse(ROOM, wish, "-", reason)
+        numbers = {kind: number for number, kind in enumerate(dict.fromkeys(layer.kind for layer in layers))}
+        different = difference(model, layers, programs) if config.verify and layers else {}
+        rows = [leave(_propose_layer(x, numbers[x.kind], programs, environment, different.get(x.kind)), taken) for x in layers]
+        first = next((row for row in rows if row.swaps), None)
+        for row in rows:
+            yield _with_generate(row, model, programs) if row is first else row
+
+
+def _propose_layer(layer: Repeated, kind: int, programs: Programs, environment: Environment, different: str | None) -> Proposal:
+    site = Site(layer.path, LAYER, type(layer.module).__name__)
+    before = "eager"
+    reason = _obstacle(layer.module, environment) or different
+    if reason:
+        return refuse(ROOM, site, before, reason)
+    settings = {"programs": programs, "kind": kind, "index": layer_index(layer.module)}
+    swap = Swap(layer.path, CompiledLayer, settings)
+    return _proposal(site, before, f"compiled once for all, {_describe(programs.settings)}", swap, programs)
+
+
+def _propose_whole(model: nn.Module, programs: Programs, environment: Environment) -> Proposal:
+    site = Site(CompiledForward.name, WHOLE, type(model).__name__)
+    reason = _obstacle(model, environment)
+    if reason:
+        return refuse(ROOM, site, "eager", reason)
+    swap = Swap("", CompiledForward, {"programs": programs}, CompiledForward.name)
+    return _proposal(site, "eager", f"one compiled function, {_describe(programs.settings)}", swap, programs)
+
+
+def _with_generate(row: Proposal, model: nn.Module, programs: Programs) -> Proposal:
+    """The row, which also brings what tells the programs that ``generate`` is running."""
+    name, settings = UncompiledGenerate.name, {"programs": programs}
+    extra = [Swap(path, UncompiledGenerate, settings, name) for path in generating(model)] if row.swaps else []
+    return replace(row, swaps=(*row.swaps, *extra))
+
+
+def _proposal(site: Site, before: str, after: str, swap: Swap, programs: Programs) -> Proposal:
+    reason = "compiled at the first step; not timed"
+    return Proposal(site, ROOM, before, after, "fused", reason, (site.path,), (swap,), runtime=programs.record)
+
+
+def _describe(settings: MemoryEfficientFusion) -> str:
+    return f"activation_memory_budget {settings.activation_memory_budget:g}"
+
+
+def _obstacle(module: nn.Module, environment: Environment) -> str:
+    where = placement(module)
+    if where is None:
+        return "it has no floating-point parameter"
+    if where[0].type == "meta":
+        return "it has no memory yet (meta device)"
+    ability = environment.inductor(where[0].type)
+    if not ability.available:
+        return ability.reason
+    return "its forward was replaced on the instance" if "forward" in module.__dict__ else ""
+
+
+def layer_index(layer: nn.Module) -> int | None:
+    """The layer's entry in a key/value cache: transformers puts it on the parts that use one, as ``layer_idx``."""
+    found: set[Any] = {getattr(part, "layer_idx", None) for part in layer.modules()} - {None}
+    index = found.pop() if len(found) == 1 else None
+    return index if isinstance(index, int) else None
