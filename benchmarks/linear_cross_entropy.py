@@ -237,7 +237,7 @@ def sweep(shape: Shape, dtype: torch.dtype, device: torch.device, rate: float) -
     rows, width = 2048, kernels.padded_width(shape.vocab)
     buffer = torch.randn(rows, width, device=device, dtype=dtype)
     losses, target = torch.empty(rows, device=device), torch.randint(0, shape.vocab, (rows,), device=device)
-    chosen_blocks = kernels.loss_blocks(shape.vocab, dtype.itemsize, rows, processors)
+    chosen_blocks = kernels.loss_blocks(shape.vocab, rows, processors)
     cuts = {chosen_blocks} | {
         kernels.LossBlocks(columns, warps, per * processors)
         for columns, warps, per in itertools.product((4096, 8192, 16384), (8, 16), (1, 2, 4))

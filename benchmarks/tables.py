@@ -28,7 +28,7 @@ COLOURS = {
     "oslo_fusion kernels and loss": "#9b2335",
     "oslo_fusion": "#e9a6ad",
     "oslo_fusion memory-efficient": "#6a0f21",
-    "oslo_fusion memory-efficient, budget 0": "#b56576",
+    "oslo_fusion memory-efficient at 0": "#b56576",
     "compile": "#5c7fa3",
     "liger kernels": "#5b8e7d",
     "liger": "#bcd2c7",

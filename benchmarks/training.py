@@ -61,7 +61,7 @@ MODELS = {"t5-base": ("t5", 32, 512), "llama-1b": ("llama", 8, 2048)}
 """Name in :data:`oslo_fusion.models.MODELS`, batch, tokens per sample (of T5 on both sides)."""
 
 EAGER, OURS, OURS_LOSS = "eager", "oslo_fusion kernels", "oslo_fusion kernels and loss"
-COMPILED = {"oslo_fusion memory-efficient": 1.0, "oslo_fusion memory-efficient, budget 0": 0.0}
+COMPILED = {"oslo_fusion memory-efficient": 1.0, "oslo_fusion memory-efficient at 0": 0.0}
 PROVIDERS = (EAGER, OURS, OURS_LOSS, "oslo_fusion", *COMPILED, "liger kernels", "liger", "compile")
 """``oslo_fusion kernels``: what ``custom_cuda_kernels: all`` gives, without the TorchScript room; ``and loss``: with
 ``FusedLinearCrossEntropy`` too. ``oslo_fusion``: every room. ``memory-efficient``: layers compiled, and the fused loss.

@@ -72,7 +72,7 @@ def plain(
 @pytest.mark.parametrize("options", list(OPTIONS))
 def test_the_law_holds(options: str, with_bias: bool, dtype: torch.dtype, device: str) -> None:
     labels, draws = targets(3, 7, device=device), []
-    for seed in range(12):
+    for seed in range(24):
         draw = drawer(dtype, device, seed)
         draws.append([draw(3, 7, 24), draw(37, 24) * 0.3, *([draw(37)] if with_bias else [])])
     chosen = OPTIONS[options]

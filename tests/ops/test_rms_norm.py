@@ -18,7 +18,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from oslo_fusion import extension
 from oslo_fusion.errors import ConfigError, ExtensionError
 from oslo_fusion.ops import rms_norm as op
-from oslo_fusion.ops.kernels import choices, missing
+from oslo_fusion.ops.kernels import choices, is_here, missing
 from oslo_fusion.ops.rms_norm import ADD_RMS_NORM, RMS_NORM, RMS_NORM_BACKWARD, _Norm, rms_norm
 from oslo_fusion.ops.row_cases import ROW_CASES, drawer, draws_of
 from oslo_fusion.probe import prove
@@ -112,7 +112,8 @@ def test_operators_pass_opcheck(device: str) -> None:
             ("add_rms_norm_cuda", (x, residual, weight, EPS, 1.0, None)),
             ("rms_norm_backward_cuda", (residual, None, x.detach(), weight, rstd, 0.0, True)),
         ):
-            torch.library.opcheck(getattr(NAMESPACE, name).default, arguments)
+            if device == "cpu" or is_here("rms_norm", "cuda", "cuda"):
+                torch.library.opcheck(getattr(NAMESPACE, name).default, arguments)
 
 
 def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

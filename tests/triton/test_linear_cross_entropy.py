@@ -207,8 +207,8 @@ def test_chunks_of_the_goal() -> None:
     assert chunk_rows(16384, 2048, 128256, 2, True) == 2048
     assert chunk_rows(16384, 2048, 128256, 2, False) == 512
     assert chunk_rows(0, 2048, 128256, 2, True) == 1
-    assert loss_blocks(128256, 2, 2048, 132) == LossBlocks(16384, 16, 132)
-    assert loss_blocks(512, 4, 3, 132) == LossBlocks(512, 4, 3)
+    assert loss_blocks(128256, 2048, 132) == LossBlocks(16384, 16, 528)
+    assert loss_blocks(512, 3, 132) == LossBlocks(512, 4, 3)
     assert [padded_width(n) for n in (1, 64, 50257)] == [64, 64, 50304]
 
 
@@ -218,7 +218,7 @@ def test_chunks_of_the_goal() -> None:
 def test_kernels_compile_for_every_target(
     vocab: int, dtype: str, special: bool, compile_for_all_targets: Callable[..., Any]
 ) -> None:
-    blocks = loss_blocks(vocab, 2 if dtype == "bf16" else 4, 2048, 132)
+    blocks = loss_blocks(vocab, 2048, 132)
     signature = {"logits_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", "labels_ptr": "*i64", "losses_ptr": "*fp32"}
     signature |= {"num_rows": "i32", "ignore_index": "i32"}
     shape = {"VOCAB": vocab, "WIDTH": padded_width(vocab), "BLOCK": blocks.columns, "GRADIENT": True, "HAS_BIAS": special}
@@ -231,10 +231,11 @@ def test_kernels_compile_for_every_target(
         {**shape, **options, **absent},
         num_warps=blocks.warps,
         num_stages=3,
-        spill_allowed=64 if special else 0,
+        spill_allowed=64 if special else 8,
     )
     reads = re.findall(r"ld\.global\S*\.v4\.b32", built["sm_90"].assembly)
-    assert len(reads) >= 8, "a row is not read 16 bytes at a time"
+    itemsize = 2 if dtype == "bf16" else 4
+    assert len(reads) >= 2 * blocks.columns * itemsize // (16 * 32 * blocks.warps), "a row is not read 16 bytes at a time"
     assert re.search(r"st\.global\S*\.v4", built["sm_90"].assembly)
 
 
