@@ -123,7 +123,7 @@ def _absent_rooms(config: FusionConfig) -> list[Proposal]:
     wanted = []
     served = {name for room in PASSES for name in room.kernels}
     for name in KERNELS if config.custom_cuda_kernels == ("all",) else config.custom_cuda_kernels:
-        if name not in served:
+        if name not in served and name != "all":
             wanted.append((f"custom_cuda_kernels: {name}", "this kernel is not part of this version"))
     return [
         Proposal(

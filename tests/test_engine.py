@@ -371,6 +371,11 @@ def test_autocast_keeps_the_originals_dtypes(dtype: torch.dtype, build: Any) -> 
         assert activation(x).dtype == before.dtype
 
 
+def test_all_beside_a_name_is_no_unknown_kernel(build: Any) -> None:
+    config = {"kernel_fusion": {"enable": True, "autotune": "off", "custom_cuda_kernels": ["all", "FusedLinearCrossEntropy"]}}
+    assert oslo_fusion.plan(build("gpt2"), config).count("refused", "configuration") == 0
+
+
 def test_torch_compile_takes_an_initialized_model(build: Any, inputs: Any) -> None:
     model = build("gpt2")
     given = inputs(model, "gpt2")

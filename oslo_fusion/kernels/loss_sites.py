@@ -36,6 +36,7 @@ KERNEL_NAME = "FusedLinearCrossEntropy"
 
 _BEFORE = "logits of all tokens, then cross entropy"
 _DRAWS, _ROWS, _TOKENS = 8, 2, 9
+_WORDS = 256  # drawn words whose gradients are compared, beside those of the labels
 _TIMED_ROWS = 4096
 _BYTES_PER_LOGIT = 24  # logits, a float32 copy, its softmax and their gradients, with room to spare
 
@@ -148,12 +149,14 @@ def find_difference(module: nn.Module, head_path: str, settings: dict[str, Any],
     """
     twin = probe.shadow(module).eval()
     surgery.apply(twin, _swaps("", head_path, settings))
-    device = module.get_submodule(head_path).weight.device
-    assert isinstance(device, torch.device)
+    weight = module.get_submodule(head_path).weight
+    assert isinstance(weight, Tensor)
+    device, vocab = weight.device, weight.shape[0]
     results: dict[str, list[list[Tensor]]] = {"defer": [], "observe": [], "exact": []}
     with probe.preserved_random_state(), torch.enable_grad():
         for _ in range(_DRAWS):
             given = _batch(module, device)
+            words = torch.cat([given["labels"].clamp(min=0).flatten(), torch.randint(0, vocab, (_WORDS,), device=device)])
             for mode, runs in results.items():
                 frame = Frame(mode, settings["compact"], proving=True, exact_dtype=_higher(module, head_path))
                 try:
@@ -171,7 +174,9 @@ def find_difference(module: nn.Module, head_path: str, settings: dict[str, Any],
                     return "its forward gives no loss through its head"
                 if mode == "defer" and not frame.losses:
                     return "does more with its logits than cross entropy of them"
-                runs.append([loss, *torch.autograd.grad(loss, frame.leaves)])
+                hidden, *head = torch.autograd.grad(loss, frame.leaves)
+                # Whole gradients of a head of 128256 words, in double precision, side by side: more than 100 GB.
+                runs.append([loss, hidden, *(gradient[words] for gradient in head)])
     names = ("loss", "gradient of the hidden states", "gradient of the weight", "gradient of the bias")
     columns = {mode: list(zip(*runs, strict=True)) for mode, runs in results.items()}
     for position, name in enumerate(names[: len(columns["defer"])]):
