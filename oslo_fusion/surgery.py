@@ -8,14 +8,19 @@ through this module's ``__getattr__``; its qualified name therefore spells out b
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
+import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from oslo_fusion.errors import PlanError
 from oslo_fusion.plan import Settings, Swap
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SETTINGS = "_oslo_fusion_settings"
 REPORT = "_oslo_fusion_report"
@@ -105,6 +110,43 @@ def put(module: nn.Module, change: Swap) -> None:
         )
     module.__dict__[change.attribute] = change.donor(module, change.settings)
     module.__dict__[ATTRIBUTES] = (*module.__dict__.get(ATTRIBUTES, ()), change.attribute)
+
+
+class Standing:
+    """A picklable callable that stands on a module instance under a method's name, and holds the module weakly.
+
+    Copied or pickled with its module, the copy belongs to the copied module.
+
+    Args:
+        module: the instance it stands on.
+        settings: what the plan decided.
+    """
+
+    def __init__(self, module: nn.Module, settings: Settings) -> None:
+        self._module = weakref.ref(module)
+        self.settings = dict(settings)
+
+    @property
+    def module(self) -> Any:
+        """The instance.
+
+        Raises:
+            RuntimeError: it is gone.
+        """
+        module = self._module()
+        if module is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: the module that was initialized is gone and this is a shallow copy of it. Remedy: "
+                "copy.deepcopy, or call oslo_fusion.initialize on the copy."
+            )
+        return module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        module: Any = self._module()
+        return type(self)(memo.get(id(module), module), copy.deepcopy(self.settings, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._module(), self.settings)
 
 
 def restore(model: nn.Module) -> None:

@@ -5,32 +5,19 @@ The class is left alone, because transformers keys its recorders by it.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import sys
-import weakref
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import nn
 
 from oslo_fusion.aot.layer import has_hooks_inside, is_traced
 from oslo_fusion.aot.programs import Programs
+from oslo_fusion.surgery import Standing
 
 
-class _Method:
-    """Holds its model weakly. Copied or pickled with its model, the copy belongs to the copied model.
-
-    Args:
-        model: the instance it stands on.
-        settings: ``programs``.
-    """
-
+class _Method(Standing):
     name: ClassVar[str]
-
-    def __init__(self, model: nn.Module, settings: Mapping[str, Any]) -> None:
-        self._model = weakref.ref(model)
-        self.settings = dict(settings)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -39,20 +26,8 @@ class _Method:
 
     def original(self) -> Any:
         """The method of the model's class, bound."""
-        model = self._model()
-        if model is None:
-            raise RuntimeError(
-                f"{self.name}: the model that was initialized is gone and this is a shallow copy of it. Remedy: copy.deepcopy, "
-                "or call oslo_fusion.initialize on the copy."
-            )
+        model = self.module
         return getattr(type(model), self.name).__get__(model)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Method:
-        model: Any = self._model()
-        return type(self)(memo.get(id(model), model), copy.deepcopy(self.settings, memo))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._model(), self.settings)
 
 
 class CompiledForward(_Method):

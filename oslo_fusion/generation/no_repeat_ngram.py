@@ -5,14 +5,11 @@ transformers is imported with this module, so the room imports it only once a mo
 
 from __future__ import annotations
 
-import copy
 import inspect
-import weakref
-from collections.abc import Mapping
 from typing import Any, TypeGuard, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.generation.logits_process import (
     EncoderNoRepeatNGramLogitsProcessor,
     LogitsProcessorList,
@@ -20,6 +17,7 @@ from transformers.generation.logits_process import (
 )
 
 from oslo_fusion.ops.no_repeat_ngram import IDS_DTYPES, encoder_no_repeat_ngram, implementation, no_repeat_ngram
+from oslo_fusion.surgery import Standing
 
 METHOD = "_get_logits_processor"
 
@@ -70,7 +68,7 @@ class FusedEncoderNoRepeatNGramLogitsProcessor(EncoderNoRepeatNGramLogitsProcess
         return encoder_no_repeat_ngram(scores, input_ids, self.encoder_input_ids, self.ngram_size, kernel=self.kernel)
 
 
-class FusedLogitsProcessors:
+class FusedLogitsProcessors(Standing):
     """Stands on a model instance as ``_get_logits_processor``, which ``generate`` calls once, and exchanges what it returns.
 
     transformers' own method decides which processors there are, with what values and in which order; its two n-gram processors
@@ -78,24 +76,11 @@ class FusedLogitsProcessors:
     ``generation_config``. What the caller passed in ``logits_processor`` is left as it is. Building the encoder's
     processor first costs its dictionaries once per ``generate``; transformers would look them up at every step.
 
-    The model is held weakly. Copied or pickled with its model, the copy belongs to the copied model.
-
-    Args:
-        model: the instance it stands on.
-        settings: ``kernel``.
+    Its only setting is ``kernel``.
     """
 
-    def __init__(self, model: nn.Module, settings: Mapping[str, Any]) -> None:
-        self._model = weakref.ref(model)
-        self.settings = dict(settings)
-
     def __call__(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        model = self._model()
-        if model is None:
-            raise RuntimeError(
-                f"{METHOD}: the model that was initialized is gone and this is a shallow copy of it. Remedy: copy.deepcopy, or "
-                "call oslo_fusion.initialize on the copy."
-            )
+        model = self.module
         method = getattr(type(model), METHOD)
         processors: LogitsProcessorList = method(model, *args, **kwargs)
         given = inspect.signature(method).bind(model, *args, **kwargs).arguments
@@ -119,13 +104,6 @@ class FusedLogitsProcessors:
         except ImportError:
             return "auto"
         return kernel
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FusedLogitsProcessors:
-        model: Any = self._model()
-        return type(self)(memo.get(id(model), model), copy.deepcopy(self.settings, memo))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._model(), self.settings)
 
 
 def _is_text(source: object) -> TypeGuard[Tensor]:

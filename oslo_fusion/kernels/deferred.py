@@ -14,11 +14,9 @@ No user ever holds one: what leaves ``forward`` is real logits, or None where th
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -29,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from oslo_fusion.ops.kernels import is_plain
 from oslo_fusion.ops.linear_cross_entropy import linear_cross_entropy
+from oslo_fusion.surgery import Standing
 
 FORWARD = "forward"
 REPLICATE = "_replicate_for_data_parallel"
@@ -327,44 +326,7 @@ _METADATA: frozenset[Any] = frozenset(
 # --- what stands on the instances --------------------------------------------------------------------------------------------
 
 
-class _Standing:
-    """A picklable callable that stands on a module instance under a method's name, and holds the module weakly.
-
-    Copied or pickled with its module, the copy belongs to the copied module.
-
-    Args:
-        module: the instance it stands on.
-        settings: what the plan decided.
-    """
-
-    def __init__(self, module: nn.Module, settings: Mapping[str, Any]) -> None:
-        self._module = weakref.ref(module)
-        self.settings = dict(settings)
-
-    @property
-    def module(self) -> Any:
-        """The instance.
-
-        Raises:
-            RuntimeError: it is gone.
-        """
-        module = self._module()
-        if module is None:
-            raise RuntimeError(
-                "the module that was initialized is gone and this is a shallow copy of it. Remedy: copy.deepcopy, or call "
-                "oslo_fusion.initialize on the copy."
-            )
-        return module
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        module: Any = self._module()
-        return type(self)(memo.get(id(module), module), copy.deepcopy(self.settings, memo))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._module(), self.settings)
-
-
-class DeferringHead(_Standing):
+class DeferringHead(Standing):
     """Stands on the head as ``forward``: defers inside an armed forward of its model, and is the head's own everywhere else."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -393,7 +355,7 @@ class DeferringHead(_Standing):
         return x.dtype in self.settings["dtypes"] and weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
 
 
-class FusedForward(_Standing):
+class FusedForward(Standing):
     """Stands on a language model as ``forward``: trained with labels, it has the fused loss, and None for logits.
 
     Everything else is the model's own forward: without labels, in evaluation, without gradients, for a tuple
@@ -448,7 +410,7 @@ def finished(output: Any, frame: Frame) -> Any:
     return type(output)(**values)
 
 
-class PlainReplica(_Standing):
+class PlainReplica(Standing):
     """Stands on a module as ``_replicate_for_data_parallel``: a replica of ``nn.DataParallel`` is an unfused module.
 
     A replica is a shallow copy, and what stands on it would go on calling the original.

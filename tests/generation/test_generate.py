@@ -256,8 +256,8 @@ def test_a_copy_is_fused_and_its_own(model: Any, ids: Tensor, way: str, monkeypa
     surgery.apply(model, [SWAP])
     expected = generate(model, ids, no_repeat_ngram_size=2)
     twin = COPIES[way](model)
-    assert twin._get_logits_processor._model() is twin
-    assert model._get_logits_processor._model() is model
+    assert twin._get_logits_processor.module is twin
+    assert model._get_logits_processor.module is model
     del model
     gc.collect()
     with counted(monkeypatch) as calls:
