@@ -47,7 +47,7 @@ class AotPass:
             load_replacement(name)  # a wrong name is an error of the configuration, not of the first step
         programs = Programs(settings, COMPILER)
         if settings.scope == "model":
-            yield _with_generate(_propose_whole(model, programs, environment), model, programs)
+            yield _with_generate(leave(_propose_whole(model, programs, environment), taken), model, programs)
             return
         layers = repeated_layers(model)
         if not layers:

@@ -212,7 +212,6 @@ def _compiled_launchers(suffix: str, key: Any) -> Launchers:
 # --- the operators -----------------------------------------------------------------------------------------------------------
 # Two forward operators, because an operator may return neither its input nor None. The registrations are torch.library's
 # plainest (define and impl): `custom_op` and `triton_op` cost 7 to 10 µs more per call.
-
 #
 # One dispatch key holds one kernel, so the extension's CUDA kernels, which stand beside Triton's, have names of their own, with
 # _cuda behind them. Whichever kernel is missing, the reference answers.

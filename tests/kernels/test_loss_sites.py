@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import io
 import pickle
@@ -21,7 +22,7 @@ from oslo_fusion import probe, surgery
 from oslo_fusion.config import FusionConfig
 from oslo_fusion.environment import environment
 from oslo_fusion.kernels import LossPass, deferred, loss_sites
-from oslo_fusion.kernels.deferred import DeferredLogits, Frame, FusedForward, defer, framed
+from oslo_fusion.kernels.deferred import DeferredLogits, Frame, FusedForward, PlainReplica, defer, framed
 from oslo_fusion.plan import Proposal, Timing
 from oslo_fusion.testing import assert_close_to_reference
 
@@ -313,6 +314,25 @@ def test_only_what_wins(slower: bool, build: Any, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.usefixtures("kernels_pretended")
 def test_all_does_not_take_the_logits_away(build: Any) -> None:
     assert rows(language_model("Llama", build), FusionConfig(enable=True, custom_cuda_kernels=("all",))) == []
+
+
+@pytest.mark.usefixtures("kernels_pretended")
+def test_the_whole_forward_is_compiled_or_has_the_fused_loss(build: Any) -> None:
+    """Both stand on the model as ``forward``; the order of the passes settles it, and the row says so."""
+    block = {"enable": True, "autotune": "off", "custom_cuda_kernels": ["FusedLinearCrossEntropy"]}
+    planned = oslo_fusion.plan(
+        language_model("Llama", build), {"kernel_fusion": {**block, "memory_efficient_fusion": {"scope": "model"}}}
+    )
+    outcomes = {row.site.kind: (row.outcome, row.reason) for row in planned.proposals}
+    assert outcomes[loss_sites.KIND][0] == "fused"
+    assert outcomes["whole forward"] == ("off", "taken by the kernels room: head and loss at lm_head")
+
+
+def test_what_stands_on_an_instance_says_when_the_instance_is_gone(build: Any) -> None:
+    standing = PlainReplica(build("gpt2"), {})  # nobody else holds the model
+    gc.collect()
+    with pytest.raises(RuntimeError, match=r"PlainReplica: the module that was initialized is gone .*Remedy"):
+        standing()
 
 
 @pytest.mark.usefixtures("kernels_pretended")
