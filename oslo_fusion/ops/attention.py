@@ -1,0 +1,694 @@
+"""Attention with what BERT and T5 train with: relative-position bias, padding, dropout; no tensor of queries × keys in memory.
+
+    s[i, j] = scale · q_i · k_j + bias(j - p_i)         p_i = i + (keys - queries): the queries are the last of the keys
+    a = dropout(softmax(s over the keys that query i may see)),     out_i = Σ_j a[i, j] · v_j
+
+A query sees key j if ``p_i - left ≤ j ≤ p_i + right`` (causal: ``right = 0``), aligned to the last key as transformers' masks
+are, and if the key is no padding. A query that sees no key gets zeros and gives zero gradients, as torch's
+``scaled_dot_product_attention`` has it for boolean masks; transformers' additive masks would average over the padding.
+
+Bias of T5: ``table[bucket(j - p_i), head]``, with the buckets of ``T5Attention._relative_position_bucket``. ALiBi:
+``-slope[head] · |j - p_i|``, which for causal attention is BLOOM's up to a number that softmax takes out again.
+
+Shapes: ``q`` ``[batch, heads, queries, dim]``, ``k`` and ``v`` ``[batch, kv_heads, keys, dim]`` with ``heads`` a multiple of
+``kv_heads``; ``table`` ``[buckets, heads]``; ``slopes`` ``[heads]``. Packed: ``q`` ``[tokens, heads, dim]``, ``k`` and ``v``
+``[key tokens, kv_heads, dim]`` and the cumulative lengths of the sequences, ``[batch + 1]`` int32. The logarithm saved for the
+backward: ``[batch, heads, queries]``, packed ``[heads, tokens]``.
+
+Dropout: an element is dropped by 16 bits of Philox 2×32 with 7 rounds, counted by query and key, under a key that 10 rounds
+make from seed, offset, batch and head; so the backward draws the same mask again, however it cuts its work. ``dropout`` is
+rounded to a multiple of 1/65536, and what is kept is divided by the share that is really kept. Seed and offset are a tensor,
+so that a captured graph can change them.
+
+Dtype law: scores, softmax, sums and the gradients between are float32 (float64 for float64); kernels round the probabilities
+and the gradient of the scores to the dtype of ``q`` before their matmuls, as eager code does. Results have the dtype of
+``q``; the table's gradient is summed in float32 and rounded once, to the table's dtype.
+
+Source: Dao, FlashAttention-2, arXiv:2307.08691; Raffel et al., T5, arXiv:1910.10683; Press et al., ALiBi, arXiv:2108.12409;
+Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (Philox), SC 2011.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from oslo_fusion.errors import ConfigError
+from oslo_fusion.ops.kernels import find_kernels, is_plain, wants_gradient
+
+NAME = "attention"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_DIM = 256
+UNLIMITED = -1
+KEEP_BITS = 16
+ROUNDS, KEY_ROUNDS = 7, 10
+_PHILOX_MULTIPLIER, _PHILOX_WEYL, _WORD = 0xD256D193, 0x9E3779B9, 0xFFFFFFFF
+
+
+class Extras(NamedTuple):
+    """What attention may have beside ``q``, ``k`` and ``v``; in the operator's order.
+
+    Attributes:
+        table: T5's bias, ``[buckets, heads]``.
+        slopes: of ALiBi, ``[heads]``; they get no gradient.
+        key_mask: ``[batch, keys]`` bool, true where a key is no padding.
+        key_lengths: ``[batch]`` int32, keys before the padding on the right.
+        q_offsets, k_offsets: ``[batch + 1]`` int32, where sequences of packed tokens begin, and their end.
+        rng: ``[2]`` int64, seed and offset of the dropout.
+    """
+
+    table: Tensor | None
+    slopes: Tensor | None
+    key_mask: Tensor | None
+    key_lengths: Tensor | None
+    q_offsets: Tensor | None
+    k_offsets: Tensor | None
+    rng: Tensor | None
+
+
+class Options(NamedTuple):
+    """The numbers of an attention; in the operator's order.
+
+    Attributes:
+        scale: of the products of queries and keys.
+        left, right: how many keys beside its own a query sees; ``UNLIMITED`` for all.
+        bidirectional, max_distance: of T5's buckets.
+        dropout: the probability of an element to be dropped.
+        max_queries, max_keys: of the longest sequence; for packed tokens only, else 0.
+    """
+
+    scale: float
+    left: int
+    right: int
+    bidirectional: bool
+    max_distance: int
+    dropout: float
+    max_queries: int
+    max_keys: int
+
+
+def _error(name: str, received: object, allowed: str, remedy: str = "") -> ConfigError:
+    return ConfigError(f"{NAME}: {name}: received {received}. Allowed: {allowed}." + (f" Remedy: {remedy}." if remedy else ""))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -> None:
+    """Raise ConfigError for what no implementation can compute. Called first by the reference and by every launcher."""
+    packed = extras.q_offsets is not None
+    if (extras.q_offsets is None) != (extras.k_offsets is None):
+        raise _error("cu_seqlens", "one of queries and keys", "both, or neither")
+    if q.dtype not in DTYPES:
+        raise _error("q", f"dtype {q.dtype}", "half, bfloat16, float and double", "q.float()")
+    layout = "[tokens, heads, dim] with cu_seqlens" if packed else "[batch, heads, queries, dim] without cu_seqlens"
+    if q.dim() != (3 if packed else 4):
+        raise _error("q", f"shape {list(q.shape)}", layout)
+    heads, dim = (q.shape[1], q.shape[2]) if packed else (q.shape[1], q.shape[3])
+    if not 1 <= dim <= MAX_DIM:
+        raise _error("q", f"a head size of {dim}", f"1 to {MAX_DIM}")
+    if k.dim() != q.dim() or k.shape[-1] != dim or (not packed and k.shape[0] != q.shape[0]):
+        wanted = f"[key tokens, kv_heads, {dim}]" if packed else f"[{q.shape[0]}, kv_heads, keys, {dim}]"
+        raise _error("k", f"shape {list(k.shape)}", f"{wanted}, as q is {list(q.shape)}")
+    if v.shape != k.shape:
+        raise _error("v", f"shape {list(v.shape)}", f"{list(k.shape)}, that of k")
+    kv_heads = k.shape[1]
+    if heads % max(kv_heads, 1) or not kv_heads:
+        raise _error("k", f"{kv_heads} heads", f"a divisor of {heads}, the heads of q")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise _error(name, f"dtype {tensor.dtype}", f"{q.dtype}, that of q", f"{name}.to(q.dtype)")
+    for name, tensor in (("k", k), ("v", v), *extras._asdict().items()):
+        if tensor is not None and tensor.device != q.device:
+            raise _error(name, f"a tensor on {tensor.device}", f"{q.device}, where q is", f"{name}.to(q.device)")
+    _check_bias(heads, extras, options)
+    _check_padding(q, k, extras, options)
+    if not math.isfinite(options.scale):
+        raise _error("scale", options.scale, "a finite number")
+    if options.left < UNLIMITED or options.right < UNLIMITED:
+        raise _error("window", (options.left, options.right), "numbers of keys from 0, or None for all")
+    if not 0.0 <= options.dropout < 1.0:
+        raise _error("dropout", options.dropout, "0 up to, but not including, 1")
+    if options.dropout and (extras.rng is None or extras.rng.shape != (2,) or extras.rng.dtype != torch.int64):
+        received = None if extras.rng is None else f"{extras.rng.dtype} {list(extras.rng.shape)}"
+        raise _error("rng", received, "a tensor of two int64, seed and offset, where there is dropout")
+
+
+def _check_bias(heads: int, extras: Extras, options: Options) -> None:
+    table, slopes = extras.table, extras.slopes
+    if table is not None:
+        if table.dtype not in DTYPES or table.dim() != 2 or table.shape[1] != heads:
+            raise _error("bias_table", f"{table.dtype} {list(table.shape)}", f"[buckets, {heads}] of floating point")
+        directions = 2 if options.bidirectional else 1
+        exact = table.shape[0] // directions // 2
+        if exact < 1:
+            raise _error("bias_table", f"{table.shape[0]} buckets", f"at least {2 * directions}")
+        if options.max_distance <= exact:
+            raise _error("max_distance", options.max_distance, f"more than {exact}, the distances with a bucket of their own")
+    if slopes is not None:
+        if slopes.dtype not in DTYPES or slopes.shape != (heads,):
+            raise _error("alibi_slopes", f"{slopes.dtype} {list(slopes.shape)}", f"[{heads}] of floating point, one per head")
+        if table is not None:
+            raise _error("alibi_slopes", "slopes and a bias_table", "one of the two")
+
+
+def _check_padding(q: Tensor, k: Tensor, extras: Extras, options: Options) -> None:
+    mask, lengths = extras.key_mask, extras.key_lengths
+    if extras.q_offsets is None or extras.k_offsets is None:
+        batch, keys = k.shape[0], k.shape[2]
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, keys)):
+            raise _error("key_mask", f"{mask.dtype} {list(mask.shape)}", f"bool [{batch}, {keys}], true where no padding is")
+        if lengths is not None:
+            if mask is not None:
+                raise _error("key_lengths", "lengths and a key_mask", "one of the two")
+            if lengths.dtype != torch.int32 or lengths.shape != (batch,):
+                raise _error("key_lengths", f"{lengths.dtype} {list(lengths.shape)}", f"int32 [{batch}]", "lengths.int()")
+            if _is_readable(lengths) and bool(((lengths < 0) | (lengths > keys)).any()):
+                raise _error("key_lengths", lengths.tolist(), f"0 to {keys}, the number of keys")
+        return
+    if mask is not None or lengths is not None:
+        raise _error("key_mask, key_lengths", "padding in packed sequences", "cu_seqlens alone")
+    ends = (("q", extras.q_offsets, q.shape[0], options.max_queries), ("k", extras.k_offsets, k.shape[0], options.max_keys))
+    for name, offsets, tokens, longest in ends:
+        if offsets.dtype != torch.int32 or offsets.dim() != 1 or offsets.shape[0] < 1:
+            raise _error(f"cu_seqlens_{name}", f"{offsets.dtype} {list(offsets.shape)}", "int32 [batch + 1]", "offsets.int()")
+        if offsets.shape != extras.q_offsets.shape:
+            raise _error("cu_seqlens_k", f"shape {list(offsets.shape)}", f"{list(extras.q_offsets.shape)}, as for queries")
+        if _is_readable(offsets):
+            lengths = offsets.diff()
+            if int(offsets[0]) != 0 or int(offsets[-1]) != tokens or bool((lengths < 0).any()):
+                raise _error(
+                    f"cu_seqlens_{name}", offsets.tolist(), f"numbers that rise from 0 to {tokens}, the tokens of {name}"
+                )
+            if lengths.numel() and int(lengths.max()) > longest:
+                raise _error(f"max_seqlen_{name}", longest, f"at least {int(lengths.max())}, the longest sequence")
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Whether values may be looked at without making a device wait. Elsewhere kernels keep to what is in memory."""
+    return type(x) is Tensor and x.device.type == "cpu"
+
+
+# --- the bias and the random mask --------------------------------------------------------------------------------------------
+
+
+def relative_position_bucket(distance: Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
+    """The bucket of ``key - query``: ``T5Attention._relative_position_bucket``, operation by operation, on the same device.
+
+    Args:
+        distance: integers of any shape.
+        bidirectional, num_buckets, max_distance: as there.
+    """
+    start = torch.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        start, distance = (distance > 0).to(torch.long) * num_buckets, distance.abs()
+    else:
+        distance = -torch.min(distance, torch.zeros_like(distance))
+    exact = num_buckets // 2
+    large = torch.log(distance.float() / exact) / math.log(max_distance / exact) * (num_buckets - exact)
+    # The logarithm of zero is dropped below; as an integer it would be anything.
+    large = exact + large.clamp(min=0).to(torch.long)
+    large = torch.min(large, torch.full_like(large, num_buckets - 1))
+    return start + torch.where(distance < exact, distance, large)
+
+
+def kept_threshold(dropout: float) -> int:
+    """An element is kept if its 16 bits are smaller than this."""
+    return round((1.0 - dropout) * (1 << KEEP_BITS))
+
+
+def philox(x: Tensor, y: Tensor, key: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    """Philox 2×32: two words of 32 bits from a counter of two and a key, all int64 tensors that broadcast."""
+    for number in range(rounds):
+        # A product of two words needs 64 bits without a sign: it is put together from halves.
+        low, high = _PHILOX_MULTIPLIER * (x & 0xFFFF), _PHILOX_MULTIPLIER * (x >> 16)
+        upper, lower = (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & _WORD
+        x, y = upper ^ ((key + number * _PHILOX_WEYL) & _WORD) ^ y, lower
+    return x, y
+
+
+def kept_elements(rng: Tensor, dropout: float, batch: int, heads: int, queries: int, keys: int, first_batch: int = 0) -> Tensor:
+    """The random mask, ``[batch, heads, queries, keys]``: true where an element stays.
+
+    One draw of 64 bits serves four elements: bit 3 of the key's number chooses the word and bit 3 of the query's its half.
+    Those are the two bits that a thread of a tensor core's result holds both values of, whether rows are queries or keys.
+
+    Args:
+        rng: seed and offset.
+        dropout: the probability to be dropped.
+        batch, heads, queries, keys: the shape.
+        first_batch: number of the first sequence.
+    """
+    device = rng.device
+    seed, offset = rng[0], rng[1]
+    number = (torch.arange(batch, device=device) + first_batch)[:, None] * heads + torch.arange(heads, device=device)[None, :]
+    x, y = philox(number, (offset & _WORD).expand_as(number), seed & _WORD, KEY_ROUNDS)
+    key, _ = philox(x ^ ((offset >> 32) & _WORD), y, (seed >> 32) & _WORD, KEY_ROUNDS)
+    i, j = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)[None, :]
+    x, y = philox((j >> 4 << 3) | (j & 7), (i >> 4 << 3) | (i & 7), key[:, :, None, None], ROUNDS)
+    bits = (torch.where((j & 8) != 0, y, x) >> ((i & 8) << 1)) & 0xFFFF
+    return bits < kept_threshold(dropout)
+
+
+# --- the reference -----------------------------------------------------------------------------------------------------------
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores and sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Part(NamedTuple):
+    """What the reference computes at once: the whole batch, or one sequence of packed tokens as a batch of one."""
+
+    number: int
+    queries: slice
+    keys: slice
+
+
+def _parts(extras: Extras) -> Iterator[_Part]:
+    if extras.q_offsets is None or extras.k_offsets is None:
+        yield _Part(0, slice(None), slice(None))
+        return
+    q_ends, k_ends = extras.q_offsets.tolist(), extras.k_offsets.tolist()
+    for number in range(len(q_ends) - 1):
+        yield _Part(number, slice(*q_ends[number : number + 2]), slice(*k_ends[number : number + 2]))
+
+
+def _take(x: Tensor, tokens: slice, wide: torch.dtype, packed: bool) -> Tensor:
+    return (x[tokens].transpose(0, 1).unsqueeze(0) if packed else x).to(wide)
+
+
+def _put(target: Tensor, tokens: slice, value: Tensor, packed: bool) -> None:
+    if packed:
+        target[tokens] = value[0].transpose(0, 1).to(target.dtype)
+    else:
+        target.copy_(value)
+
+
+class _Probabilities(NamedTuple):
+    """``p`` without dropout, what dropout multiplies it by, the logarithm (base 2) of its sum, and each element's bucket."""
+
+    p: Tensor
+    kept: Tensor | None
+    logsumexp: Tensor
+    buckets: Tensor | None
+
+
+def _probabilities(q: Tensor, k: Tensor, number: int, extras: Extras, options: Options) -> _Probabilities:
+    batch, heads, queries, _ = q.shape
+    keys, device = k.shape[2], q.device
+    position = torch.arange(queries, device=device)[:, None] + (keys - queries)
+    key = torch.arange(keys, device=device)[None, :]
+    distance, buckets = key - position, None
+    s = (q @ k.transpose(2, 3)) * options.scale
+    if extras.table is not None:
+        buckets = relative_position_bucket(distance, options.bidirectional, extras.table.shape[0], options.max_distance)
+        s = s + extras.table.to(s.dtype)[buckets].permute(2, 0, 1)
+    if extras.slopes is not None:
+        s = s - extras.slopes.to(s.dtype)[:, None, None] * distance.abs()
+    seen = torch.ones(batch, 1, queries, keys, dtype=torch.bool, device=device)
+    if options.left != UNLIMITED:
+        seen = seen & (distance >= -options.left)
+    if options.right != UNLIMITED:
+        seen = seen & (distance <= options.right)
+    if extras.key_mask is not None:
+        seen = seen & extras.key_mask[:, None, None, :]
+    if extras.key_lengths is not None:
+        seen = seen & (key < extras.key_lengths[:, None, None, None])
+    s = s.masked_fill(~seen, float("-inf"))
+    logsumexp = torch.logsumexp(s, -1) if keys else s.new_full(s.shape[:-1], float("-inf"))
+    # Infinite where a query sees nothing: every probability that a kernel makes from it is then zero.
+    logsumexp = logsumexp.masked_fill(logsumexp == float("-inf"), float("inf"))
+    kept = None
+    if options.dropout and extras.rng is not None:
+        threshold = kept_threshold(options.dropout)
+        kept = kept_elements(extras.rng, options.dropout, batch, heads, queries, keys, number).to(s.dtype)
+        kept = kept * ((1 << KEEP_BITS) / max(threshold, 1))
+    p = torch.softmax(s, -1) if keys else s
+    p = p.masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    return _Probabilities(p, kept, logsumexp / math.log(2.0), buckets)
+
+
+def new_like_tokens(x: Tensor) -> Tensor:
+    """An empty tensor of this shape; in memory ``[batch, tokens, heads, dim]``, as the projection after it reads it."""
+    if x.dim() == 3:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    batch, heads, tokens, dim = x.shape
+    return torch.empty((batch, tokens, heads, dim), dtype=x.dtype, device=x.device).transpose(1, 2)
+
+
+def new_logsumexp(q: Tensor) -> Tensor:
+    """An empty tensor for the logarithms."""
+    shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
+    return torch.empty(shape, dtype=wide_dtype(q.dtype), device=q.device)
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    slopes: Tensor | None,
+    key_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    q_offsets: Tensor | None,
+    k_offsets: Tensor | None,
+    rng: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    bidirectional: bool,
+    max_distance: int,
+    dropout: float,
+    max_queries: int,
+    max_keys: int,
+) -> tuple[Tensor, Tensor]:
+    """The meaning, in plain PyTorch. Arguments: :class:`Extras`, then :class:`Options`.
+
+    Returns:
+        The attention in the shape of ``q``, and the logarithm (base 2) of each query's sum of exponentials, for the backward.
+    """
+    extras = Extras(table, slopes, key_mask, key_lengths, q_offsets, k_offsets, rng)
+    options = Options(scale, left, right, bidirectional, max_distance, dropout, max_queries, max_keys)
+    _check(q, k, v, extras, options)
+    packed, wide, groups = q.dim() == 3, wide_dtype(q.dtype), q.shape[1] // k.shape[1]
+    out, logsumexp = new_like_tokens(q), new_logsumexp(q)
+    with torch.autocast(q.device.type, enabled=False):
+        for part in _parts(extras):
+            qs = _take(q, part.queries, wide, packed)
+            ks, vs = (_take(x, part.keys, wide, packed).repeat_interleave(groups, 1) for x in (k, v))
+            p, kept, logs, _ = _probabilities(qs, ks, part.number, extras, options)
+            _put(out, part.queries, (p if kept is None else p * kept) @ vs, packed)
+            logsumexp[..., part.queries] = logs[0] if packed else logs
+    return out, logsumexp
+
+
+def attention_backward_reference(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient, in plain PyTorch.
+
+    Args:
+        dout: gradient of the attention.
+        q, k, v: as in the forward.
+        out, logsumexp: what it returned. Not needed here; kernels compute the probabilities from them.
+        arguments: :class:`Extras`, then :class:`Options`, then whether the table's gradient is wanted.
+
+    Returns:
+        The gradients of ``q``, ``k``, ``v`` and of the table (no elements unless wanted).
+    """
+    extras, options, table_gradient = split(arguments)
+    packed, wide, groups = q.dim() == 3, wide_dtype(q.dtype), q.shape[1] // k.shape[1]
+    dq, dk, dv = (new_like_tokens(x) for x in (q, k, v))
+    table = extras.table if table_gradient else None
+    dtable = q.new_zeros(0 if table is None else table.shape, dtype=wide)
+    for part in _parts(extras):
+        qs, g = (_take(x, part.queries, wide, packed) for x in (q, dout))
+        ks, vs = (_take(x, part.keys, wide, packed).repeat_interleave(groups, 1) for x in (k, v))
+        p, kept, _, buckets = _probabilities(qs, ks, part.number, extras, options)
+        dropped = p if kept is None else p * kept
+        dp = g @ vs.transpose(2, 3)
+        dp = dp if kept is None else dp * kept
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+        _put(dq, part.queries, ds @ ks * options.scale, packed)
+        for target, value in ((dk, ds.transpose(2, 3) @ qs * options.scale), (dv, dropped.transpose(2, 3) @ g)):
+            _put(target, part.keys, value.unflatten(1, (-1, groups)).sum(2), packed)
+        if table is not None and buckets is not None:
+            dtable.index_add_(0, buckets.flatten(), ds.sum(0).flatten(1).t())
+    return dq, dk, dv, dtable if table is None else dtable.to(table.dtype)
+
+
+def split(arguments: tuple[Any, ...]) -> tuple[Extras, Options, bool]:
+    """The operators' arguments by kind. The last one is the backward's."""
+    extras, options = len(Extras._fields), len(Options._fields)
+    given = Extras(*arguments[:extras]), Options(*arguments[extras : extras + options])
+    return *given, bool(arguments[extras + options]) if len(arguments) > extras + options else False
+
+
+# --- the operators -----------------------------------------------------------------------------------------------------------
+
+_BACKWARD = "attention_backward"
+_LIBRARY = torch.library.Library("oslo_fusion", "FRAGMENT")
+_ARGUMENTS = (
+    "Tensor? table, Tensor? slopes, Tensor? key_mask, Tensor? key_lengths, Tensor? q_offsets, Tensor? k_offsets, Tensor? rng, "
+    "float scale, int left, int right, bool bidirectional, int max_distance, float dropout, SymInt max_queries, SymInt max_keys"
+)
+_SCHEMAS = {
+    NAME: f"(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor out, Tensor logsumexp)",
+    _BACKWARD: f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, {_ARGUMENTS}, bool table_gradient)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dtable)",
+}
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(f"{_name}{_schema}", tags=torch.Tag.pt2_compliant_tag)
+
+
+# Importing the kernels registers them over these, so that each sees at most one CUDA tensor where there is a triton.
+
+
+def _default(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    kernels = find_kernels(NAME) if q.is_cuda else None
+    launch = attention_reference if kernels is None else kernels.launch_attention
+    result: tuple[Tensor, Tensor] = launch(q, *arguments)
+    return result
+
+
+def _backward_default(dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernels = find_kernels(NAME) if dout.is_cuda else None
+    launch = attention_backward_reference if kernels is None else kernels.launch_attention_backward
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = launch(dout, *arguments)
+    return result
+
+
+def register_kernels(forward: Any, backward: Any, key: str) -> None:
+    """Register faster implementations of the two operators for one dispatch key, such as ``CUDA``."""
+    _LIBRARY.impl(NAME, forward, key)
+    _LIBRARY.impl(_BACKWARD, backward, key)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    extras, options, _ = split(arguments)
+    _check(q, k, v, extras, options)
+    return new_like_tokens(q), new_logsumexp(q)
+
+
+def _backward_fake(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    extras, _, wanted = split(arguments)
+    dtable = (
+        q.new_empty(0, dtype=wide_dtype(q.dtype))
+        if extras.table is None or not wanted
+        else extras.table.new_empty(extras.table.shape)
+    )
+    return new_like_tokens(q), new_like_tokens(k), new_like_tokens(v), dtable
+
+
+_LIBRARY.impl(NAME, _default, "CompositeExplicitAutograd")
+_LIBRARY.impl(_BACKWARD, _backward_default, "CompositeExplicitAutograd")
+torch.library.register_fake(f"oslo_fusion::{NAME}", _fake, lib=_LIBRARY)
+torch.library.register_fake(f"oslo_fusion::{_BACKWARD}", _backward_fake, lib=_LIBRARY)
+ATTENTION = torch.ops.oslo_fusion.attention.default
+ATTENTION_BACKWARD = torch.ops.oslo_fusion.attention_backward.default
+
+
+# --- the gradient ------------------------------------------------------------------------------------------------------------
+
+_TENSORS = len(Extras._fields)
+
+
+def _gradients(ctx: Any, dout: Tensor | None, backward: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of ``q``, ``k``, ``v`` and the table; None for the other arguments."""
+    nothing = (None,) * (_TENSORS - 1 + len(Options._fields))
+    if dout is None:
+        return None, None, None, None, *nothing
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{NAME}: has no second derivative. Remedy: create_graph=False, or attention of plain torch, such as transformers' "
+            "attn_implementation='eager'."
+        )
+    q, k, v, out, logsumexp, *extras = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[3]
+    dq, dk, dv, dtable = backward(dout, q, k, v, out, logsumexp, *extras, *ctx.options, wanted)
+    return dq, dk, dv, dtable if wanted else None, *nothing
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *arguments = inputs
+    ctx.save_for_backward(q, k, v, *output, *arguments[:_TENSORS])
+    ctx.options = Options(*arguments[_TENSORS:])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, dout, ATTENTION_BACKWARD)
+
+
+torch.library.register_autograd(f"oslo_fusion::{NAME}", _backward, setup_context=_context, lib=_LIBRARY)
+
+
+class _Attention(torch.autograd.Function):
+    """The operators and their gradient for plain eager code on a GPU: launches, and nothing between."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        kernels = find_kernels(NAME)
+        assert kernels is not None
+        out, logsumexp = kernels.launch_attention(*inputs)
+        ctx.save_for_backward(*inputs[:3], out, logsumexp, *inputs[3 : 3 + _TENSORS])
+        ctx.options = Options(*inputs[3 + _TENSORS :])
+        ctx.set_materialize_grads(False)
+        result: Tensor = out
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None) -> Any:
+        kernels = find_kernels(NAME)
+        assert kernels is not None
+        return _gradients(ctx, dout, kernels.launch_attention_backward)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    bias_table: Tensor | None = None,
+    bidirectional: bool = True,
+    max_distance: int = 128,
+    alibi_slopes: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout: float = 0.0,
+    rng: Tensor | None = None,
+) -> Tensor:
+    """Attention in the memory of its inputs and outputs, with T5's bias, padding and dropout computed inside.
+
+    Args:
+        q: ``[batch, heads, queries, dim]``, half, bfloat16, float or double, ``dim`` up to 256; any strides: transposed
+            views of ``[batch, queries, heads, dim]`` are read as they are. With cumulative lengths ``[tokens, heads, dim]``.
+        k, v: ``[batch, kv_heads, keys, dim]``, or ``[key tokens, kv_heads, dim]``; ``kv_heads`` divides ``heads``.
+        scale: of ``q · k``; by default ``dim ** -0.5``. T5 has 1.
+        causal: a query sees no key after its own position; the last query stands at the last key, as in transformers.
+        window: how many keys to the left and to the right of its own a query sees; None for all. transformers'
+            ``sliding_window=w`` is ``(w - 1, None)`` with ``causal``, and ``(w, w)`` in encoders.
+        bias_table: T5's ``[buckets, heads]``, the weight of ``relative_attention_bias``; gets a gradient.
+        bidirectional, max_distance: of its buckets: ``not is_decoder`` and ``relative_attention_max_distance``.
+        alibi_slopes: ``[heads]``: ``-slope · |distance|`` is added. They get no gradient.
+        key_mask: ``[batch, keys]`` bool, true where a key is no padding. A run of true is fastest: what is outside is skipped.
+        key_lengths: ``[batch]`` int32 instead: keys before the padding on the right.
+        cu_seqlens_q, cu_seqlens_k: ``[batch + 1]`` int32, cumulative lengths of packed sequences; that of keys defaults to that
+            of queries. On a GPU their values are not looked at, and never lead outside of the tensors.
+        max_seqlen_q, max_seqlen_k: the longest sequence; where missing, the host waits for it.
+        dropout: the probability that an element of the softmax becomes zero.
+        rng: int64 ``[2]``, seed and offset of the dropout; by default drawn from torch's generator of the device.
+
+    Returns:
+        The shape and dtype of ``q``; in memory ``[batch, queries, heads, dim]``. Zeros where a query sees no key.
+
+    Raises:
+        ConfigError: a shape, dtype, device, length or option that has no meaning here.
+    """
+    q, k, v, *arguments = prepare(
+        q,
+        k,
+        v,
+        scale=scale,
+        causal=causal,
+        window=window,
+        bias_table=bias_table,
+        bidirectional=bidirectional,
+        max_distance=max_distance,
+        alibi_slopes=alibi_slopes,
+        key_mask=key_mask,
+        key_lengths=key_lengths,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        dropout=dropout,
+        rng=rng,
+    )
+    kernels = None
+    if q.is_cuda and not torch.compiler.is_compiling() and is_plain(q, k, v, *arguments[:_TENSORS]):
+        kernels = find_kernels(NAME)
+    result: Tensor
+    if kernels is None:
+        result, _ = ATTENTION(q, k, v, *arguments)
+    elif wants_gradient(q, k, v, bias_table):
+        result = _Attention.apply(q, k, v, *arguments)
+    else:
+        result, _ = kernels.launch_attention(q, k, v, *arguments)
+    return result
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    bias_table: Tensor | None = None,
+    bidirectional: bool = True,
+    max_distance: int = 128,
+    alibi_slopes: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout: float = 0.0,
+    rng: Tensor | None = None,
+) -> tuple[Any, ...]:
+    """The operator's arguments from those of :func:`attention`."""
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+    left, right = (UNLIMITED if side is None else side for side in (window or (None, None)))
+    if causal:
+        right = 0
+    if alibi_slopes is not None and wants_gradient(alibi_slopes):
+        raise _error("alibi_slopes", "slopes that require a gradient", "slopes that do not", "alibi_slopes.detach()")
+    if cu_seqlens_q is not None and cu_seqlens_k is None:
+        cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_k or max_seqlen_q
+    if dropout and rng is None:
+        rng = torch.randint(-(1 << 62), 1 << 62, (2,), dtype=torch.int64, device=q.device)
+    return (
+        q,
+        k,
+        v,
+        bias_table,
+        alibi_slopes,
+        key_mask,
+        key_lengths,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        rng if dropout else None,
+        float(scale if scale is not None else q.shape[-1] ** -0.5),
+        left,
+        right,
+        bidirectional,
+        max_distance,
+        float(dropout),
+        _longest(cu_seqlens_q, max_seqlen_q),
+        _longest(cu_seqlens_k, max_seqlen_k),
+    )
+
+
+def _longest(offsets: Tensor | None, given: int | None) -> int:
+    if offsets is None or given is not None:
+        return given or 0
+    return int(offsets.diff().max()) if offsets.numel() > 1 else 0
