@@ -289,7 +289,7 @@ def _put(target: Tensor, tokens: slice, value: Tensor, packed: bool) -> None:
 
 
 class _Probabilities(NamedTuple):
-    """``p`` without dropout, what dropout multiplies it by, the logarithm (base 2) of its sum, and each element's bucket."""
+    """``p`` without dropout, what dropout multiplies it by, the logarithm of its sum, and each element's bucket."""
 
     p: Tensor
     kept: Tensor | None
@@ -329,7 +329,7 @@ def _probabilities(q: Tensor, k: Tensor, number: int, extras: Extras, options: O
         kept = kept * ((1 << KEEP_BITS) / max(threshold, 1))
     p = torch.softmax(s, -1) if keys else s
     p = p.masked_fill(~seen.any(-1, keepdim=True), 0.0)
-    return _Probabilities(p, kept, logsumexp / math.log(2.0), buckets)
+    return _Probabilities(p, kept, logsumexp, buckets)
 
 
 def new_like_tokens(x: Tensor) -> Tensor:
@@ -341,9 +341,14 @@ def new_like_tokens(x: Tensor) -> Tensor:
 
 
 def new_logsumexp(q: Tensor) -> Tensor:
-    """An empty tensor for the logarithms."""
+    """An empty tensor for the logarithms.
+
+    In double for float32 too: ``2 ** (s - logsumexp)`` would else be five times as wrong as eager code's softmax, by the
+    rounding of a logarithm of ten or twenty alone.
+    """
     shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
-    return torch.empty(shape, dtype=wide_dtype(q.dtype), device=q.device)
+    dtype = torch.float64 if q.dtype in (torch.float32, torch.float64) else torch.float32
+    return torch.empty(shape, dtype=dtype, device=q.device)
 
 
 def attention_reference(
@@ -369,7 +374,8 @@ def attention_reference(
     """The meaning, in plain PyTorch. Arguments: :class:`Extras`, then :class:`Options`.
 
     Returns:
-        The attention in the shape of ``q``, and the logarithm (base 2) of each query's sum of exponentials, for the backward.
+        The attention in the shape of ``q``, and the logarithm of each query's sum of exponentials, for the backward: in base 2
+        for half precision, as kernels compute, else in base e.
     """
     extras = Extras(table, slopes, key_mask, key_lengths, q_offsets, k_offsets, rng)
     options = Options(scale, left, right, bidirectional, max_distance, dropout, max_queries, max_keys)
@@ -382,6 +388,7 @@ def attention_reference(
             ks, vs = (_take(x, part.keys, wide, packed).repeat_interleave(groups, 1) for x in (k, v))
             p, kept, logs, _ = _probabilities(qs, ks, part.number, extras, options)
             _put(out, part.queries, (p if kept is None else p * kept) @ vs, packed)
+            logs = logs if q.dtype in (torch.float32, torch.float64) else logs / math.log(2.0)
             logsumexp[..., part.queries] = logs[0] if packed else logs
     return out, logsumexp
 

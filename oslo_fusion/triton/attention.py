@@ -1,0 +1,1495 @@
+"""Attention in Triton: FlashAttention-2's schedule, with T5's bias, padding and dropout inside.
+
+Forward: a program takes a block of queries of one head and walks over the blocks of keys that it sees, with a running maximum
+and sum. Backward, without atomics and therefore the same at every run: one kernel sums ``out · dout`` of each query,
+one takes a block of keys and walks over queries (``dk``, ``dv``), one takes a block of queries and walks over keys (``dq``).
+
+**T5's bias** depends on the distance ``key - query`` only, so a tile of it is a Toeplitz matrix: it is read from a list of one
+number per distance (a kernel of its own makes it from the table, a few KB per head, which stay in L1). From the distance on
+from which all share a bucket, a whole tile is one number, and no element is looked up. The list reaches further on both sides
+than a tile does, so no index is clamped.
+
+**The table's gradient** is the sum of the scores' gradient over the diagonals. A kernel of its own walks *along* a diagonal of
+tiles, over all blocks of queries and all sequences of the batch, and adds the tiles up where they lie, in registers: so
+diagonals are summed once per program, not per tile. It computes two matmuls again, for tiles near the diagonal only. What is
+far is summed by the kernel of ``dq`` on its way, into two numbers. A last kernel adds everything up by bucket.
+
+**Masks** are computed in tiles that a border crosses, found out by a comparison of numbers per tile. Of a mask of keys the
+first and the last true are looked for once, and what is outside of them is never read.
+
+**Dropout**: see ``ops/attention.py``. One draw serves four elements that are in one thread, whether the tile's rows are queries
+(forward, ``dq``) or keys (``dk``, ``dv``).
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# A kernel's arguments carry no types: triton would take an annotation for a value to be used on the device.
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from oslo_fusion.ops.attention import (
+    KEEP_BITS,
+    UNLIMITED,
+    Extras,
+    Options,
+    _check,
+    attention_backward_reference,
+    attention_reference,
+    kept_threshold,
+    new_like_tokens,
+    new_logsumexp,
+    register_kernels,
+    relative_position_bucket,
+    split,
+)
+from oslo_fusion.triton.launch import Kernel
+from oslo_fusion.triton.rows import device_facts, on_device, stride_unit
+
+_REACH = 512  # how far the list of distances goes beyond max_distance: queries and keys of a tile together at most
+_LOG2E = math.log2(math.e)
+_INFINITE = 1 << 30
+
+
+@dataclass(frozen=True)
+class AttentionBlocks:
+    """How a kernel is cut.
+
+    Attributes:
+        queries, keys: of a tile.
+        warps: per program.
+        stages: how many tiles of the walk are under way at once.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class BackwardBlocks:
+    """How the backward's kernels are cut.
+
+    Attributes:
+        keys: the kernel that takes a block of keys (``dk``, ``dv``).
+        queries: the kernel that takes a block of queries (``dq``).
+        table: the kernel of the table's gradient. It has as many queries to a tile as ``queries`` has.
+    """
+
+    keys: AttentionBlocks
+    queries: AttentionBlocks
+    table: AttentionBlocks
+
+
+def padded_dim(dim: int) -> int:
+    """The head size that tiles have: a power of two, at least what a tensor core multiplies."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=256)
+def forward_blocks(dim: int, itemsize: int, shared: int) -> AttentionBlocks:
+    """How the forward is cut.
+
+    Args:
+        dim: head size.
+        itemsize: bytes of a number.
+        shared: bytes of shared memory that a program may use.
+    """
+    width = padded_dim(dim)
+    if itemsize == 4:  # multiplied without tensor cores: small tiles, or registers spill
+        return AttentionBlocks(32, 32, 4, 1 if width > 64 else 2) if width <= 128 else AttentionBlocks(16, 32, 4, 1)
+    if shared < 100_000:
+        return AttentionBlocks(64, 32, 4, 1)
+    if width <= 64:
+        return AttentionBlocks(128, 64, 4, 3)
+    if width <= 128:
+        return AttentionBlocks(128, 64, 8, 2 if shared < 200_000 else 3)
+    return AttentionBlocks(64, 32, 4, 2) if shared < 200_000 else AttentionBlocks(128, 64, 8, 2)
+
+
+@functools.lru_cache(maxsize=256)
+def backward_blocks(dim: int, itemsize: int, shared: int) -> BackwardBlocks:
+    """How the backward is cut. Arguments: as of :func:`forward_blocks`."""
+    width = padded_dim(dim)
+    if itemsize == 4:
+        small = AttentionBlocks(32, 32, 4, 1) if width <= 64 else AttentionBlocks(16, 16, 4, 1)
+        return BackwardBlocks(small, small, small)
+    if shared < 100_000:
+        small = AttentionBlocks(32, 32, 4, 1)
+        return BackwardBlocks(small, small, small)
+    if width <= 64:
+        # More queries to a tile of the first one spill: a thread holds two numbers of each query.
+        return BackwardBlocks(AttentionBlocks(32, 128, 8, 2), AttentionBlocks(128, 64, 8, 2), AttentionBlocks(128, 64, 8, 2))
+    if width <= 128:
+        if shared < 200_000:
+            return BackwardBlocks(AttentionBlocks(32, 64, 4, 1), AttentionBlocks(64, 32, 4, 1), AttentionBlocks(64, 32, 4, 1))
+        few = AttentionBlocks(64, 64, 4, 2)
+        return BackwardBlocks(AttentionBlocks(32, 128, 8, 2), few, few)
+    few = AttentionBlocks(32, 64, 8, 1)
+    return BackwardBlocks(few, AttentionBlocks(64, 32, 8, 1), AttentionBlocks(64, 32, 8, 1))
+
+
+# --- parts of kernels --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sequence(offsets_ptr, batch, tokens, PACKED: tl.constexpr):
+    """First token of a sequence in memory, and how many it has. Offsets that lie are cut to what there is."""
+    first = batch * 0
+    length = tokens
+    if PACKED:
+        first = tl.minimum(tl.maximum(tl.load(offsets_ptr + batch), 0), tokens)
+        last = tl.minimum(tl.maximum(tl.load(offsets_ptr + batch + 1), 0), tokens)
+        length = tl.maximum(last - first, 0)
+    return first, length
+
+
+@triton.jit
+def _base(tensor_ptr, batch, head, first, batch_units, head_units, token_units, UNIT: tl.constexpr):
+    offset = batch.to(tl.int64) * batch_units + head.to(tl.int64) * head_units + first.to(tl.int64) * token_units
+    return tensor_ptr + offset * UNIT
+
+
+@triton.jit
+def _padding(range_ptr, batch, keys, RANGE: tl.constexpr):
+    """The first key that is no padding, and the one after the last. RANGE: 0 none, 1 lengths, 2 pairs."""
+    begin = batch * 0
+    end = keys
+    if RANGE == 1:
+        end = tl.minimum(tl.maximum(tl.load(range_ptr + batch), 0), keys)
+    if RANGE == 2:
+        begin = tl.load(range_ptr + 2 * batch)
+        end = tl.load(range_ptr + 2 * batch + 1)
+    return begin, end
+
+
+@triton.jit
+def _look_up(pointers, ASM: tl.constexpr):
+    # As a load of triton's the tile would be read in another order than the tensor cores' result has, and sorted through shared
+    # memory. As an instruction on every element it is read where it is needed, at constant offsets from two addresses a thread.
+    if ASM:
+        result = tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [pointers.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = tl.load(pointers)
+    return result
+
+
+@triton.jit
+def _scores(
+    qk,
+    q,
+    k,
+    q0,
+    k0,
+    shift,
+    begin,
+    end,
+    distances_ptr,
+    slope,
+    mask_ptr,
+    reach,
+    near_left,
+    near_right,
+    left,
+    right,
+    HAS_TABLE: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Bias and masks on a tile of scaled scores. ``q``, ``k``: numbers in the tile, shaped along its dimensions."""
+    start = k0 - q0 - shift  # the distance of the tile's first key and query
+    if HAS_TABLE:
+        if (start + KEYS > 1 - near_left) & (start + 1 < near_right + QUERIES):
+            qk += _look_up((distances_ptr + (reach + start) - q) + k, ASM)
+        else:
+            qk += tl.load(distances_ptr + tl.where(start > 0, 2 * reach, 0))
+    if HAS_SLOPES:
+        qk -= slope * tl.abs((start + k).to(tl.float32) - q.to(tl.float32))
+    crossed = (k0 < begin) | (k0 + KEYS > end)
+    if HAS_LEFT:
+        crossed = crossed | (start < QUERIES - 1 - left)
+    if HAS_RIGHT:
+        crossed = crossed | (start + KEYS - 1 > right)
+    if crossed:
+        seen = (k0 + k >= begin) & (k0 + k < end)
+        if HAS_LEFT:
+            seen = seen & (start + k - q >= -left)
+        if HAS_RIGHT:
+            seen = seen & (start + k - q <= right)
+        qk = tl.where(seen, qk, float("-inf"))
+    if HAS_MASK:
+        inside = (k0 + k >= begin) & (k0 + k < end)
+        seen = tl.load(mask_ptr + k0 + k, mask=inside, other=0) != 0
+        qk = tl.where(seen, qk, float("-inf"))
+    return qk
+
+
+@triton.jit
+def _philox(x, y, key, ROUNDS: tl.constexpr):
+    multiplier = tl.full((), 0xD256D193, tl.uint32)
+    weyl = tl.full((), 0x9E3779B9, tl.uint32)
+    for _ in tl.static_range(ROUNDS):
+        upper = tl.umulhi(x, multiplier)
+        lower = x * multiplier
+        x = upper ^ key ^ y
+        y = lower
+        key = key + weyl
+    return x, y
+
+
+@triton.jit
+def _random_key(rng_ptr, number):
+    seed = tl.load(rng_ptr)
+    offset = tl.load(rng_ptr + 1)
+    x, y = _philox(number.to(tl.uint32), offset.to(tl.uint32), seed.to(tl.uint32), 10)
+    key, _ = _philox(x ^ (offset >> 32).to(tl.uint32), y, (seed >> 32).to(tl.uint32), 10)
+    return key
+
+
+@triton.jit
+def _kept(q0, k0, key, threshold, QUERIES: tl.constexpr, KEYS: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Which elements of a tile stay; ``q0`` and ``k0`` are multiples of 16."""
+    ROWS: tl.constexpr = KEYS if KEYS_FIRST else QUERIES
+    COLS: tl.constexpr = QUERIES if KEYS_FIRST else KEYS
+    rows = tl.arange(0, ROWS // 2)[:, None]
+    cols = tl.arange(0, COLS // 2)[None, :]
+    if KEYS_FIRST:
+        k_half, q_half = k0 // 2 + rows, q0 // 2 + cols
+    else:
+        k_half, q_half = k0 // 2 + cols, q0 // 2 + rows
+    zero = tl.zeros((ROWS // 2, COLS // 2), dtype=tl.uint32)
+    x, y = _philox(k_half.to(tl.uint32) + zero, q_half.to(tl.uint32) + zero, key, 7)
+    # Bit 3 of the key's number chooses the word, that of the query's the half.
+    near, far = (x & 0xFFFF).to(tl.int32), (x >> 16).to(tl.int32)
+    near_next, far_next = (y & 0xFFFF).to(tl.int32), (y >> 16).to(tl.int32)
+    if KEYS_FIRST:
+        first, second = tl.join(near, far), tl.join(near_next, far_next)
+    else:
+        first, second = tl.join(near, near_next), tl.join(far, far_next)
+    bits = tl.join(first, second)  # [rows / 2, cols / 2, bit of the column, bit of the row]
+    bits = tl.reshape(bits, (ROWS // 16, 8, COLS // 16, 8, 2, 2))
+    bits = tl.reshape(tl.permute(bits, (0, 5, 1, 2, 4, 3)), (ROWS, COLS))
+    return bits < threshold
+
+
+@triton.jit
+def _kept_anywhere(q, k, key, threshold):
+    """As :func:`_kept`, for tiles that begin anywhere: a draw per element."""
+    zero = (q * 0 + k * 0).to(tl.uint32)
+    x, y = _philox(((k >> 4 << 3) | (k & 7)).to(tl.uint32) + zero, ((q >> 4 << 3) | (q & 7)).to(tl.uint32) + zero, key, 7)
+    word = tl.where((k & 8) != 0, y, x)
+    bits = tl.where((q & 8) != 0, word >> 16, word & 0xFFFF).to(tl.int32)
+    return bits < threshold
+
+
+@triton.jit
+def _power(x, NATURAL: tl.constexpr):
+    """Float32 keeps to base e: a score in base 2 is one more rounding, of a number of ten or twenty."""
+    return tl.exp(x) if NATURAL else tl.exp2(x)
+
+
+@triton.jit
+def _exponentials(s, sums):
+    """``base ** (s - sums)``; with a sum in double precision its low bits are subtracted after the high ones."""
+    if sums.dtype == tl.float64:
+        high = sums.to(tl.float32)
+        low = tl.where(
+            high == float("inf"), 0.0, (sums - tl.where(high == float("inf"), 0.0, high).to(tl.float64)).to(tl.float32)
+        )
+        p = _power((s - high) - low, True)
+    else:
+        p = _power(s - sums, False)
+    return p
+
+
+@triton.jit
+def _slope(slopes_ptr, head, NATURAL: tl.constexpr):
+    slope = tl.load(slopes_ptr + head).to(tl.float32)
+    return slope if NATURAL else slope * 1.4426950408889634
+
+
+# --- kernels before the walk -------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["factor", "heads", "width"])
+def _attention_distances_kernel(table_ptr, buckets_ptr, distances_ptr, factor, heads, width, BLOCK: tl.constexpr):
+    head = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < width
+    bucket = tl.load(buckets_ptr + cols, mask=mask, other=0)
+    value = tl.load(table_ptr + bucket * heads + head, mask=mask, other=0.0).to(tl.float32)
+    tl.store(distances_ptr + head.to(tl.int64) * width + cols, value * factor, mask=mask)
+
+
+@triton.jit(do_not_specialize=["keys", "batch_stride", "key_stride"])
+def _attention_range_kernel(mask_ptr, range_ptr, keys, batch_stride, key_stride, BLOCK: tl.constexpr):
+    batch = tl.program_id(0)
+    row_ptr = mask_ptr + batch.to(tl.int64) * batch_stride
+    first = tl.full((BLOCK,), 2147483647, dtype=tl.int32)
+    last = tl.zeros((BLOCK,), dtype=tl.int32)
+    for start in range(0, keys, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        seen = tl.load(row_ptr + cols.to(tl.int64) * key_stride, mask=cols < keys, other=0) != 0
+        first = tl.where(seen, tl.minimum(first, cols), first)
+        last = tl.where(seen, tl.maximum(last, cols + 1), last)
+    end = tl.max(last, axis=0)
+    tl.store(range_ptr + 2 * batch, tl.minimum(tl.min(first, axis=0), end))
+    tl.store(range_ptr + 2 * batch + 1, end)
+
+
+# --- forward -----------------------------------------------------------------------------------------------------------------
+
+_NUMBERS = [
+    "scale",
+    "inverse",
+    "threshold",
+    "heads",
+    "groups",
+    "queries",
+    "keys",
+    "blocks",
+    "reach",
+    "near_left",
+    "near_right",
+    "left",
+    "right",
+    "mask_units",
+    "sum_batch",
+    "sum_head",
+    "q_batch",
+    "q_head",
+    "q_token",
+    "k_batch",
+    "k_head",
+    "k_token",
+    "v_batch",
+    "v_head",
+    "v_token",
+    "o_batch",
+    "o_head",
+    "o_token",
+]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def _attention_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    sums_ptr,
+    distances_ptr,
+    slopes_ptr,
+    mask_ptr,
+    range_ptr,
+    q_offsets_ptr,
+    k_offsets_ptr,
+    rng_ptr,
+    scale,
+    inverse,
+    threshold,
+    heads,
+    groups,
+    queries,
+    keys,
+    blocks,
+    reach,
+    near_left,
+    near_right,
+    left,
+    right,
+    mask_units,
+    sum_batch,
+    sum_head,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    v_batch,
+    v_head,
+    v_token,
+    o_batch,
+    o_head,
+    o_token,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    UNIT: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    RANGE: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    FOLD: tl.constexpr,
+    ASM: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    block = tl.program_id(0) % blocks
+    number = tl.program_id(0) // blocks
+    if HAS_RIGHT:
+        block = blocks - 1 - block  # the longest walks first
+    head, batch = number % heads, number // heads
+    first_query, queries = _sequence(q_offsets_ptr, batch, queries, PACKED)
+    first_key, keys = _sequence(k_offsets_ptr, batch, keys, PACKED)
+    begin, end = _padding(range_ptr, batch, keys, RANGE)
+    shift = keys - queries
+    q0 = block * QUERIES
+    rows, cols, dims = tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    tokens = (q0 + rows).to(tl.int64)
+    q_mask = (q0 + rows < queries)[:, None] & (dims < DIM)[None, :]
+    q_base = _base(q_ptr, batch, head, first_query, q_batch, q_head, q_token, UNIT)
+    q = tl.load(q_base + tokens[:, None] * (q_token * UNIT) + dims[None, :], mask=q_mask, other=0.0)
+    k_base = _base(k_ptr, batch, head // groups, first_key, k_batch, k_head, k_token, UNIT)
+    v_base = _base(v_ptr, batch, head // groups, first_key, v_batch, v_head, v_token, UNIT)
+    slope, key = 0.0, tl.full((), 0, tl.uint32)
+    if HAS_TABLE:
+        distances_ptr += head.to(tl.int64) * (2 * reach + 1)
+    if HAS_SLOPES:
+        slope = _slope(slopes_ptr, head, sums_ptr.dtype.element_ty == tl.float64)
+    if HAS_MASK:
+        mask_ptr += batch.to(tl.int64) * mask_units
+    if DROPOUT:
+        key = _random_key(rng_ptr, number)
+
+    low, high = begin, end
+    if HAS_LEFT:
+        low = tl.maximum(low, q0 + shift - left)
+    if HAS_RIGHT:
+        high = tl.minimum(high, tl.minimum(q0 + QUERIES, queries) + shift + right)
+    low = low // KEYS * KEYS
+    if q0 >= queries:
+        high = low
+    NATURAL: tl.constexpr = sums_ptr.dtype.element_ty == tl.float64
+    top = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((QUERIES,), dtype=tl.float32)
+    acc = tl.zeros((QUERIES, WIDTH), dtype=tl.float32)
+    for k0 in tl.range(low, high, KEYS, num_stages=STAGES):
+        k_tokens = (k0 + cols).to(tl.int64)
+        inside = k0 + cols < keys
+        k_mask = inside[None, :] if DIM == WIDTH else inside[None, :] & (dims < DIM)[:, None]
+        k = tl.load(k_base + k_tokens[None, :] * (k_token * UNIT) + dims[:, None], mask=k_mask, other=0.0)
+        s = tl.dot(q, k, input_precision="ieee")
+        if not FOLD:
+            s *= scale
+        s = _scores(
+            s,
+            rows[:, None],
+            cols[None, :],
+            q0,
+            k0,
+            shift,
+            begin,
+            end,
+            distances_ptr,
+            slope,
+            mask_ptr,
+            reach,
+            near_left,
+            near_right,
+            left,
+            right,
+            HAS_TABLE,
+            HAS_SLOPES,
+            HAS_MASK,
+            HAS_LEFT,
+            HAS_RIGHT,
+            QUERIES,
+            KEYS,
+            ASM,
+        )
+        higher = tl.maximum(top, tl.max(s, axis=1))
+        # Where nothing was seen yet, -inf - -inf would be NaN.
+        zero = tl.where(higher == float("-inf"), 0.0, higher)
+        if FOLD:  # one multiply-add for scale and maximum
+            p = tl.exp2(s * scale - (zero * scale)[:, None])
+            shrink = tl.exp2((top - zero) * scale)
+        else:
+            p = _power(s - zero[:, None], NATURAL)
+            shrink = _power(top - zero, NATURAL)
+        total = total * shrink + tl.sum(p, axis=1)
+        if DROPOUT:
+            p = tl.where(_kept(q0, k0, key, threshold, QUERIES, KEYS, False), p, 0.0)
+        v_mask = inside[:, None] if DIM == WIDTH else inside[:, None] & (dims < DIM)[None, :]
+        v = tl.load(v_base + k_tokens[:, None] * (v_token * UNIT) + dims[None, :], mask=v_mask, other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        top = higher
+
+    seen = total > 0.0
+    total = tl.where(seen, total, 1.0)
+    factor = (inverse / total) if DROPOUT else (1.0 / total)
+    if FOLD:
+        top *= scale
+    rest = tl.log(total) if NATURAL else tl.log2(total)
+    kind = sums_ptr.dtype.element_ty
+    sums = tl.where(seen, top.to(kind) + rest.to(kind), float("inf"))
+    sums_base = sums_ptr + batch.to(tl.int64) * sum_batch + head.to(tl.int64) * sum_head + first_query
+    tl.store(sums_base + q0 + rows, sums, mask=q0 + rows < queries)
+    out_base = _base(out_ptr, batch, head, first_query, o_batch, o_head, o_token, UNIT)
+    out_ptrs = out_base + tokens[:, None] * (o_token * UNIT) + dims[None, :]
+    tl.store(out_ptrs, (acc * factor[:, None]).to(out_ptr.dtype.element_ty), mask=q_mask)
+
+
+# --- backward ----------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["heads", "queries", "blocks", *_NUMBERS[14:16], *_NUMBERS[25:], "g_batch", "g_head", "g_token"])
+def _attention_delta_kernel(
+    out_ptr,
+    dout_ptr,
+    delta_ptr,
+    q_offsets_ptr,
+    heads,
+    queries,
+    blocks,
+    sum_batch,
+    sum_head,
+    o_batch,
+    o_head,
+    o_token,
+    g_batch,
+    g_head,
+    g_token,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    UNIT: tl.constexpr,
+    PACKED: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    block = tl.program_id(0) % blocks
+    number = tl.program_id(0) // blocks
+    head, batch = number % heads, number // heads
+    first_query, queries = _sequence(q_offsets_ptr, batch, queries, PACKED)
+    rows, dims = block * QUERIES + tl.arange(0, QUERIES), tl.arange(0, WIDTH)
+    tokens = rows.to(tl.int64)[:, None]
+    mask = (rows < queries)[:, None] & (dims < DIM)[None, :]
+    out_base = _base(out_ptr, batch, head, first_query, o_batch, o_head, o_token, UNIT)
+    dout_base = _base(dout_ptr, batch, head, first_query, g_batch, g_head, g_token, UNIT)
+    out = tl.load(out_base + tokens * (o_token * UNIT) + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    dout = tl.load(dout_base + tokens * (g_token * UNIT) + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    delta_base = delta_ptr + batch.to(tl.int64) * sum_batch + head.to(tl.int64) * sum_head + first_query
+    tl.store(delta_base + rows, tl.sum(out * dout, axis=1), mask=rows < queries)
+
+
+_BACKWARD_NUMBERS = ["natural", *_NUMBERS[:25], "g_batch", "g_head", "g_token"]
+
+
+@triton.jit(do_not_specialize=[*_BACKWARD_NUMBERS, "dk_batch", "dk_head", "dk_token"])
+def _attention_dkdv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    dk_ptr,
+    dv_ptr,
+    sums_ptr,
+    delta_ptr,
+    distances_ptr,
+    slopes_ptr,
+    mask_ptr,
+    range_ptr,
+    q_offsets_ptr,
+    k_offsets_ptr,
+    rng_ptr,
+    natural,
+    scale,
+    inverse,
+    threshold,
+    heads,
+    groups,
+    queries,
+    keys,
+    blocks,
+    reach,
+    near_left,
+    near_right,
+    left,
+    right,
+    mask_units,
+    sum_batch,
+    sum_head,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    v_batch,
+    v_head,
+    v_token,
+    g_batch,
+    g_head,
+    g_token,
+    dk_batch,
+    dk_head,
+    dk_token,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    UNIT: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    RANGE: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ASM: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # Tiles lie with keys along their rows: so the probabilities and their gradients go from one matmul into the next without
+    # leaving the registers.
+    block = tl.program_id(0) % blocks
+    number = tl.program_id(0) // blocks
+    kv_heads = heads // groups
+    kv_head, batch = number % kv_heads, number // kv_heads
+    first_query, queries = _sequence(q_offsets_ptr, batch, queries, PACKED)
+    first_key, keys = _sequence(k_offsets_ptr, batch, keys, PACKED)
+    begin, end = _padding(range_ptr, batch, keys, RANGE)
+    shift = keys - queries
+    k0 = block * KEYS
+    rows, cols, dims = tl.arange(0, KEYS), tl.arange(0, QUERIES), tl.arange(0, WIDTH)
+    k_tokens = (k0 + rows).to(tl.int64)[:, None]
+    k_mask = (k0 + rows < keys)[:, None] & (dims < DIM)[None, :]
+    k_base = _base(k_ptr, batch, kv_head, first_key, k_batch, k_head, k_token, UNIT)
+    v_base = _base(v_ptr, batch, kv_head, first_key, v_batch, v_head, v_token, UNIT)
+    k = tl.load(k_base + k_tokens * (k_token * UNIT) + dims[None, :], mask=k_mask, other=0.0)
+    v = tl.load(v_base + k_tokens * (v_token * UNIT) + dims[None, :], mask=k_mask, other=0.0)
+    if HAS_MASK:
+        mask_ptr += batch.to(tl.int64) * mask_units
+
+    low, high = k0 * 0, queries
+    if HAS_RIGHT:
+        low = tl.maximum(low, k0 - right - shift)
+    if HAS_LEFT:
+        high = tl.minimum(high, k0 + KEYS + left - shift)
+    low = low // QUERIES * QUERIES
+    if (k0 >= end) | (k0 + KEYS <= begin):
+        high = low
+    dk = tl.zeros((KEYS, WIDTH), dtype=tl.float32)
+    dv = tl.zeros((KEYS, WIDTH), dtype=tl.float32)
+    slope, key = 0.0, tl.full((), 0, tl.uint32)
+    for member in range(0, groups):
+        head = kv_head * groups + member
+        q_base = _base(q_ptr, batch, head, first_query, q_batch, q_head, q_token, UNIT)
+        g_base = _base(dout_ptr, batch, head, first_query, g_batch, g_head, g_token, UNIT)
+        sum_offset = batch.to(tl.int64) * sum_batch + head.to(tl.int64) * sum_head + first_query
+        head_distances_ptr = distances_ptr
+        if HAS_TABLE:
+            head_distances_ptr = distances_ptr + head.to(tl.int64) * (2 * reach + 1)
+        if HAS_SLOPES:
+            slope = _slope(slopes_ptr, head, sums_ptr.dtype.element_ty == tl.float64)
+        if DROPOUT:
+            key = _random_key(rng_ptr, batch * heads + head)
+        for q0 in tl.range(low, high, QUERIES, num_stages=STAGES):
+            inside = q0 + cols < queries
+            q_tokens = (q0 + cols).to(tl.int64)[:, None]
+            q_mask = inside[:, None] if DIM == WIDTH else inside[:, None] & (dims < DIM)[None, :]
+            q = tl.load(q_base + q_tokens * (q_token * UNIT) + dims[None, :], mask=q_mask, other=0.0)
+            sums = tl.load(sums_ptr + sum_offset + q0 + cols, mask=inside, other=float("inf"))
+            s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+            s = _scores(
+                s,
+                cols[None, :],
+                rows[:, None],
+                q0,
+                k0,
+                shift,
+                begin,
+                end,
+                head_distances_ptr,
+                slope,
+                mask_ptr,
+                reach,
+                near_left,
+                near_right,
+                left,
+                right,
+                HAS_TABLE,
+                HAS_SLOPES,
+                HAS_MASK,
+                HAS_LEFT,
+                HAS_RIGHT,
+                QUERIES,
+                KEYS,
+                ASM,
+            )
+            p = _exponentials(s, sums[None, :])
+            dout = tl.load(g_base + q_tokens * (g_token * UNIT) + dims[None, :], mask=q_mask, other=0.0)
+            delta = tl.load(delta_ptr + sum_offset + q0 + cols, mask=inside, other=0.0)
+            dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+            if DROPOUT:
+                kept = _kept(q0, k0, key, threshold, QUERIES, KEYS, True)
+                dv = tl.dot(tl.where(kept, p * inverse, 0.0).to(dout.dtype), dout, dv, input_precision="ieee")
+                dp = tl.where(kept, dp * inverse, 0.0)
+            else:
+                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    offsets = k_tokens * (dk_token * UNIT) + dims[None, :]
+    dk_base = _base(dk_ptr, batch, kv_head, first_key, dk_batch, dk_head, dk_token, UNIT)
+    dv_base = _base(dv_ptr, batch, kv_head, first_key, dk_batch, dk_head, dk_token, UNIT)
+    tl.store(dk_base + offsets, (dk * natural).to(dk_ptr.dtype.element_ty), mask=k_mask)
+    tl.store(dv_base + offsets, dv.to(dv_ptr.dtype.element_ty), mask=k_mask)
+
+
+@triton.jit(do_not_specialize=[*_BACKWARD_NUMBERS, "dq_batch", "dq_head", "dq_token", "near_first", "near_last"])
+def _attention_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    dq_ptr,
+    far_ptr,
+    sums_ptr,
+    delta_ptr,
+    distances_ptr,
+    slopes_ptr,
+    mask_ptr,
+    range_ptr,
+    q_offsets_ptr,
+    k_offsets_ptr,
+    rng_ptr,
+    natural,
+    scale,
+    inverse,
+    threshold,
+    heads,
+    groups,
+    queries,
+    keys,
+    blocks,
+    reach,
+    near_left,
+    near_right,
+    left,
+    right,
+    mask_units,
+    sum_batch,
+    sum_head,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    v_batch,
+    v_head,
+    v_token,
+    g_batch,
+    g_head,
+    g_token,
+    dq_batch,
+    dq_head,
+    dq_token,
+    near_first,
+    near_last,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    UNIT: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    RANGE: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ASM: tl.constexpr,
+    TABLE_GRADIENT: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    block = tl.program_id(0) % blocks
+    number = tl.program_id(0) // blocks
+    if HAS_RIGHT:
+        block = blocks - 1 - block
+    head, batch = number % heads, number // heads
+    first_query, queries = _sequence(q_offsets_ptr, batch, queries, PACKED)
+    first_key, keys = _sequence(k_offsets_ptr, batch, keys, PACKED)
+    begin, end = _padding(range_ptr, batch, keys, RANGE)
+    shift = keys - queries
+    q0 = block * QUERIES
+    rows, cols, dims = tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    inside = q0 + rows < queries
+    tokens = (q0 + rows).to(tl.int64)[:, None]
+    q_mask = inside[:, None] & (dims < DIM)[None, :]
+    q_base = _base(q_ptr, batch, head, first_query, q_batch, q_head, q_token, UNIT)
+    g_base = _base(dout_ptr, batch, head, first_query, g_batch, g_head, g_token, UNIT)
+    k_base = _base(k_ptr, batch, head // groups, first_key, k_batch, k_head, k_token, UNIT)
+    v_base = _base(v_ptr, batch, head // groups, first_key, v_batch, v_head, v_token, UNIT)
+    q = tl.load(q_base + tokens * (q_token * UNIT) + dims[None, :], mask=q_mask, other=0.0)
+    dout = tl.load(g_base + tokens * (g_token * UNIT) + dims[None, :], mask=q_mask, other=0.0)
+    sum_offset = batch.to(tl.int64) * sum_batch + head.to(tl.int64) * sum_head + first_query
+    sums = tl.load(sums_ptr + sum_offset + q0 + rows, mask=inside, other=float("inf"))
+    delta = tl.load(delta_ptr + sum_offset + q0 + rows, mask=inside, other=0.0)
+    slope, key = 0.0, tl.full((), 0, tl.uint32)
+    if HAS_TABLE:
+        distances_ptr += head.to(tl.int64) * (2 * reach + 1)
+    if HAS_SLOPES:
+        slope = _slope(slopes_ptr, head, sums_ptr.dtype.element_ty == tl.float64)
+    if HAS_MASK:
+        mask_ptr += batch.to(tl.int64) * mask_units
+    if DROPOUT:
+        key = _random_key(rng_ptr, number)
+
+    low, high = begin, end
+    if HAS_LEFT:
+        low = tl.maximum(low, q0 + shift - left)
+    if HAS_RIGHT:
+        high = tl.minimum(high, tl.minimum(q0 + QUERIES, queries) + shift + right)
+    low = low // KEYS * KEYS
+    if q0 >= queries:
+        high = low
+    # What lies before and after the tiles that the table's kernel walks over shares one bucket on each side.
+    near_first += q0 + shift
+    near_last += q0 + shift
+    far_left = tl.zeros((QUERIES,), dtype=tl.float32)
+    far_right = tl.zeros((QUERIES,), dtype=tl.float32)
+    dq = tl.zeros((QUERIES, WIDTH), dtype=tl.float32)
+    for k0 in tl.range(low, high, KEYS, num_stages=STAGES):
+        k_tokens = (k0 + cols).to(tl.int64)[:, None]
+        k_inside = k0 + cols < keys
+        k_mask = k_inside[:, None] if DIM == WIDTH else k_inside[:, None] & (dims < DIM)[None, :]
+        k = tl.load(k_base + k_tokens * (k_token * UNIT) + dims[None, :], mask=k_mask, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        s = _scores(
+            s,
+            rows[:, None],
+            cols[None, :],
+            q0,
+            k0,
+            shift,
+            begin,
+            end,
+            distances_ptr,
+            slope,
+            mask_ptr,
+            reach,
+            near_left,
+            near_right,
+            left,
+            right,
+            HAS_TABLE,
+            HAS_SLOPES,
+            HAS_MASK,
+            HAS_LEFT,
+            HAS_RIGHT,
+            QUERIES,
+            KEYS,
+            ASM,
+        )
+        p = _exponentials(s, sums[:, None])
+        v = tl.load(v_base + k_tokens * (v_token * UNIT) + dims[None, :], mask=k_mask, other=0.0)
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        if DROPOUT:
+            dp = tl.where(_kept(q0, k0, key, threshold, QUERIES, KEYS, False), dp * inverse, 0.0)
+        ds = p * (dp - delta[:, None])
+        if TABLE_GRADIENT:
+            if k0 < near_first:
+                far_left += tl.sum(tl.where((k0 + cols < near_first)[None, :], ds, 0.0), axis=1)
+            if k0 + KEYS > near_last:
+                far_right += tl.sum(tl.where((k0 + cols >= near_last)[None, :], ds, 0.0), axis=1)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    dq_base = _base(dq_ptr, batch, head, first_query, dq_batch, dq_head, dq_token, UNIT)
+    tl.store(dq_base + tokens * (dq_token * UNIT) + dims[None, :], (dq * natural).to(dq_ptr.dtype.element_ty), mask=q_mask)
+    if TABLE_GRADIENT:
+        far_ptr += (number.to(tl.int64) * blocks + block) * 2
+        tl.store(far_ptr, tl.sum(far_left, axis=0))
+        tl.store(far_ptr + 1, tl.sum(far_right, axis=0))
+
+
+@triton.jit(do_not_specialize=[*_BACKWARD_NUMBERS, "batches", "parts", "first_offset"])
+def _attention_dtable_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    parts_ptr,
+    sums_ptr,
+    delta_ptr,
+    distances_ptr,
+    mask_ptr,
+    range_ptr,
+    q_offsets_ptr,
+    k_offsets_ptr,
+    rng_ptr,
+    natural,
+    scale,
+    inverse,
+    threshold,
+    heads,
+    groups,
+    queries,
+    keys,
+    blocks,
+    reach,
+    near_left,
+    near_right,
+    left,
+    right,
+    mask_units,
+    sum_batch,
+    sum_head,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    v_batch,
+    v_head,
+    v_token,
+    g_batch,
+    g_head,
+    g_token,
+    batches,
+    parts,
+    first_offset,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    UNIT: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    RANGE: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ASM: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # Program: a part of the tiles of one diagonal of one head. Tiles of keys begin at a fixed distance from those of queries.
+    part = tl.program_id(0) % parts
+    offset = (first_offset + tl.program_id(1)) * KEYS
+    head = tl.program_id(2)
+    rows, cols, dims = tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    distances_ptr += head.to(tl.int64) * (2 * reach + 1)
+    total = tl.zeros((QUERIES, KEYS), dtype=tl.float32)
+    for item in tl.range(part, batches * blocks, parts, num_stages=STAGES):
+        batch, q0 = item // blocks, item % blocks * QUERIES
+        first_query, sequence = _sequence(q_offsets_ptr, batch, queries, PACKED)
+        first_key, key_count = _sequence(k_offsets_ptr, batch, keys, PACKED)
+        begin, end = _padding(range_ptr, batch, key_count, RANGE)
+        shift = key_count - sequence
+        k0 = q0 + offset + shift
+        inside = q0 + rows < sequence
+        k_inside = (k0 + cols >= 0) & (k0 + cols < key_count)
+        tokens, k_tokens = (q0 + rows).to(tl.int64)[:, None], (k0 + cols).to(tl.int64)[:, None]
+        q_mask = inside[:, None] if DIM == WIDTH else inside[:, None] & (dims < DIM)[None, :]
+        k_mask = k_inside[:, None] if DIM == WIDTH else k_inside[:, None] & (dims < DIM)[None, :]
+        q_base = _base(q_ptr, batch, head, first_query, q_batch, q_head, q_token, UNIT)
+        g_base = _base(dout_ptr, batch, head, first_query, g_batch, g_head, g_token, UNIT)
+        k_base = _base(k_ptr, batch, head // groups, first_key, k_batch, k_head, k_token, UNIT)
+        v_base = _base(v_ptr, batch, head // groups, first_key, v_batch, v_head, v_token, UNIT)
+        q = tl.load(q_base + tokens * (q_token * UNIT) + dims[None, :], mask=q_mask, other=0.0)
+        k = tl.load(k_base + k_tokens * (k_token * UNIT) + dims[None, :], mask=k_mask, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        sum_offset = batch.to(tl.int64) * sum_batch + head.to(tl.int64) * sum_head + first_query
+        sums = tl.load(sums_ptr + sum_offset + q0 + rows, mask=inside, other=float("inf"))
+        batch_mask_ptr = mask_ptr
+        if HAS_MASK:
+            batch_mask_ptr = mask_ptr + batch.to(tl.int64) * mask_units
+        s = _scores(
+            s,
+            rows[:, None],
+            cols[None, :],
+            q0,
+            k0,
+            shift,
+            begin,
+            end,
+            distances_ptr,
+            0.0,
+            batch_mask_ptr,
+            reach,
+            near_left,
+            near_right,
+            left,
+            right,
+            True,
+            False,
+            HAS_MASK,
+            HAS_LEFT,
+            HAS_RIGHT,
+            QUERIES,
+            KEYS,
+            ASM,
+        )
+        p = _exponentials(s, sums[:, None])
+        dout = tl.load(g_base + tokens * (g_token * UNIT) + dims[None, :], mask=q_mask, other=0.0)
+        v = tl.load(v_base + k_tokens * (v_token * UNIT) + dims[None, :], mask=k_mask, other=0.0)
+        delta = tl.load(delta_ptr + sum_offset + q0 + rows, mask=inside, other=0.0)
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        if DROPOUT:
+            key = _random_key(rng_ptr, batch * heads + head)
+            if ALIGNED:
+                kept = _kept(q0, k0, key, threshold, QUERIES, KEYS, False)
+            else:
+                kept = _kept_anywhere(q0 + rows[:, None], k0 + cols[None, :], key, threshold)
+            dp = tl.where(kept, dp * inverse, 0.0)
+        total += p * (dp - delta[:, None])
+    number = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * parts + part
+    tl.store(parts_ptr + number * (QUERIES * KEYS) + rows[:, None] * KEYS + cols[None, :], total)
+
+
+@triton.jit(do_not_specialize=["heads", "batches", "blocks", "parts", "offsets", "first_offset", "reach"])
+def _attention_dtable_sum_kernel(
+    parts_ptr,
+    far_ptr,
+    buckets_ptr,
+    dtable_ptr,
+    heads,
+    batches,
+    blocks,
+    parts,
+    offsets,
+    first_offset,
+    reach,
+    BUCKETS: tl.constexpr,
+    COUNT: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPAN: tl.constexpr,
+    FAR: tl.constexpr,
+):
+    # Diagonals of a tile: a column of what is read here is a distance, so each row is read from another place on.
+    head = tl.program_id(0)
+    names = tl.arange(0, COUNT)
+    cols = tl.arange(0, SPAN)
+    total = tl.zeros((COUNT,), dtype=tl.float32)
+    for number in range(0, offsets):
+        tile_ptr = parts_ptr + (head.to(tl.int64) * offsets + number) * parts * (QUERIES * KEYS)
+        diagonals = tl.zeros((ROWS, SPAN), dtype=tl.float32)
+        for start in range(0, parts * QUERIES, ROWS):
+            part, first = start // QUERIES, start % QUERIES
+            rows = first + tl.arange(0, ROWS)
+            place = cols[None, :] - (QUERIES - 1) + rows[:, None]
+            mask = (place >= 0) & (place < KEYS)
+            diagonals += tl.load(tile_ptr + (part * QUERIES + rows[:, None]) * KEYS + place, mask=mask, other=0.0)
+        distance = (first_offset + number) * KEYS + cols - (QUERIES - 1)
+        valid = cols < QUERIES + KEYS - 1
+        bucket = tl.load(buckets_ptr + reach + distance, mask=valid, other=0)
+        sums = tl.where(valid, tl.sum(diagonals, axis=0), 0.0)
+        total += tl.sum(tl.where(names[:, None] == bucket[None, :], sums[None, :], 0.0), axis=1)
+    left = tl.zeros((FAR,), dtype=tl.float32)
+    right = tl.zeros((FAR,), dtype=tl.float32)
+    for start in range(0, batches * blocks, FAR):
+        item = start + tl.arange(0, FAR)
+        mask = item < batches * blocks
+        place = ((item // blocks).to(tl.int64) * heads + head) * blocks + item % blocks
+        left += tl.load(far_ptr + 2 * place, mask=mask, other=0.0)
+        right += tl.load(far_ptr + 2 * place + 1, mask=mask, other=0.0)
+    total += tl.where(names == tl.load(buckets_ptr), tl.sum(left, axis=0), 0.0)
+    total += tl.where(names == tl.load(buckets_ptr + 2 * reach), tl.sum(right, axis=0), 0.0)
+    tl.store(dtable_ptr + names * heads + head, total.to(dtable_ptr.dtype.element_ty), mask=names < BUCKETS)
+
+
+# --- launchers ---------------------------------------------------------------------------------------------------------------
+
+_DISTANCES, _RANGE = Kernel(_attention_distances_kernel), Kernel(_attention_range_kernel)
+_FORWARD, _DELTA = Kernel(_attention_fwd_kernel), Kernel(_attention_delta_kernel)
+_DKDV, _DQ = Kernel(_attention_dkdv_kernel), Kernel(_attention_dq_kernel)
+_DTABLE, _DTABLE_SUM = Kernel(_attention_dtable_kernel), Kernel(_attention_dtable_sum_kernel)
+
+
+@functools.lru_cache(maxsize=64)
+def near_distances(bidirectional: bool, num_buckets: int, max_distance: int) -> tuple[int, int]:
+    """From which distances on, to the left and to the right, all keys share a bucket.
+
+    One more than is computed here: a device's logarithm may round the other way.
+    """
+    buckets = relative_position_bucket(-torch.arange(max_distance + 1), bidirectional, num_buckets, max_distance)
+    near = int((buckets == buckets[-1]).nonzero()[0]) + 1
+    return near, near if bidirectional else 0
+
+
+_BUCKETS: dict[tuple[Any, ...], Tensor] = {}
+
+
+def _buckets(device: torch.device, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
+    """The bucket of each distance from ``-reach`` to ``reach``, int32, computed on the device as transformers does.
+
+    Kept: a dozen small kernels would be launched for every call. Not if they are being captured into a graph, whose memory they
+    would then be in.
+    """
+    key = (device, bidirectional, num_buckets, max_distance)
+    found = _BUCKETS.get(key)
+    if found is None:
+        reach = max_distance + _REACH
+        distances = torch.arange(-reach, reach + 1, device=device)
+        found = relative_position_bucket(distances, bidirectional, num_buckets, max_distance).to(torch.int32)
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            _BUCKETS[key] = found
+    return found
+
+
+def _base_factor(q: Tensor) -> float:
+    """What scores and bias are multiplied by: half precision is computed in base 2, as the device's instruction is."""
+    return 1.0 if q.dtype == torch.float32 else _LOG2E
+
+
+class _Setup(NamedTuple):
+    """What forward and backward have in common."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    batches: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    distances: Tensor | None
+    buckets: Tensor | None
+    mask: Tensor | None
+    ranges: Tensor | None
+    range_kind: int
+    near: tuple[int, int]
+    reach: int
+    options: Options
+    extras: Extras
+
+    @property
+    def pointers(self) -> tuple[Tensor | None, ...]:
+        """From the distances to the random numbers."""
+        e = self.extras
+        return self.distances, e.slopes, self.mask, self.ranges, e.q_offsets, e.k_offsets, e.rng
+
+    def numbers(self, blocks: int, sums: Tensor) -> tuple[float, ...]:
+        """From the scale to the strides of the sums."""
+        o = self.options
+        threshold = kept_threshold(o.dropout)
+        return (
+            o.scale * _base_factor(self.q),
+            float((1 << KEEP_BITS) / max(threshold, 1)),
+            threshold,
+            self.heads,
+            self.heads // self.kv_heads,
+            self.q.shape[0] if self.q.dim() == 3 else self.queries,
+            self.k.shape[0] if self.q.dim() == 3 else self.keys,
+            blocks,
+            self.reach,
+            *self.near,
+            o.left,
+            o.right,
+            0 if self.mask is None else self.mask.stride(0),
+            0 if sums.dim() == 2 else sums.stride(0),
+            sums.stride(0) if sums.dim() == 2 else sums.stride(1),
+        )
+
+    @property
+    def masks(self) -> tuple[Any, ...]:
+        """The constants from HAS_MASK to DROPOUT."""
+        o = self.options
+        packed, has_left, has_right = self.q.dim() == 3, o.left != UNLIMITED, o.right != UNLIMITED
+        return self.mask is not None, self.range_kind, packed, has_left, has_right, o.dropout > 0.0
+
+    @property
+    def biases(self) -> tuple[bool, bool]:
+        """The constants HAS_TABLE and HAS_SLOPES."""
+        return self.distances is not None, self.extras.slopes is not None
+
+
+def _dense_dim(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Of sequence, head and token. Sequences of packed tokens are found by their first token."""
+    return (0, x.stride(1), x.stride(0)) if x.dim() == 3 else (x.stride(0), x.stride(1), x.stride(2))
+
+
+def _in_units(*tensors: Tensor) -> tuple[list[int], int]:
+    strides = [stride for x in tensors for stride in _strides(x)]
+    unit = stride_unit(*strides)
+    return [stride // unit for stride in strides], unit
+
+
+def _set_up(q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -> _Setup:
+    if extras.q_offsets is not None:
+        batches, queries, keys = extras.q_offsets.shape[0] - 1, options.max_queries, options.max_keys
+    else:
+        batches, queries, keys = q.shape[0], q.shape[2], k.shape[2]
+    heads, kv_heads, device = q.shape[1], k.shape[1], q.device
+    distances = buckets = ranges = mask = None
+    near, reach, range_kind = (0, 0), 0, 0
+    if extras.table is not None:
+        num_buckets = extras.table.shape[0]
+        near = near_distances(options.bidirectional, num_buckets, options.max_distance)
+        reach = options.max_distance + _REACH
+        buckets = _buckets(device, options.bidirectional, num_buckets, options.max_distance)
+        distances = torch.empty((heads, 2 * reach + 1), dtype=torch.float32, device=device)
+        width = 2 * reach + 1
+        _DISTANCES(
+            (heads, -(-width // 512)),
+            (extras.table.contiguous(), buckets, distances),
+            (_base_factor(q), heads, width),
+            (512,),
+            4,
+        )
+    if extras.key_mask is not None:
+        mask = extras.key_mask if extras.key_mask.stride(1) == 1 else extras.key_mask.contiguous()
+        ranges, range_kind = torch.empty((batches, 2), dtype=torch.int32, device=device), 2
+        _RANGE((batches,), (mask, ranges), (keys, mask.stride(0), 1), (1024,), 4)
+    elif extras.key_lengths is not None:
+        ranges, range_kind = extras.key_lengths.contiguous(), 1
+    extras = extras._replace(
+        q_offsets=None if extras.q_offsets is None else extras.q_offsets.contiguous(),
+        k_offsets=None if extras.k_offsets is None else extras.k_offsets.contiguous(),
+        slopes=None if extras.slopes is None else extras.slopes.contiguous(),
+        rng=None if extras.rng is None or not options.dropout else extras.rng.contiguous(),
+    )
+    return _Setup(
+        _dense_dim(q),
+        _dense_dim(k),
+        _dense_dim(v),
+        batches,
+        heads,
+        kv_heads,
+        queries,
+        keys,
+        distances,
+        buckets,
+        mask,
+        ranges,
+        range_kind,
+        near,
+        reach,
+        options,
+        extras,
+    )
+
+
+def _reads_by_instruction(q: Tensor) -> bool:
+    return q.is_cuda and torch.version.hip is None
+
+
+def launch_attention(
+    q: Tensor, k: Tensor, v: Tensor, *arguments: Any, blocks: AttentionBlocks | None = None
+) -> tuple[Tensor, Tensor]:
+    """As :func:`oslo_fusion.ops.attention.attention_reference`; ``blocks`` overrides the heuristic."""
+    extras, options, _ = split(arguments)
+    if q.dtype == torch.float64:
+        return attention_reference(q, k, v, *arguments)
+    _check(q, k, v, extras, options)
+    out, sums = new_like_tokens(q), new_logsumexp(q)
+    if q.numel() == 0:
+        return out, sums
+    with on_device(q):
+        setup = _set_up(q, k, v, extras, options)
+        cut = blocks or forward_blocks(q.shape[-1], q.element_size(), device_facts(q)[1])
+        count = -(-setup.queries // cut.queries)
+        strides, unit = _in_units(setup.q, setup.k, setup.v, out)
+        has_table, has_slopes = setup.biases
+        fold = not (has_table or has_slopes) and options.scale > 0 and q.dtype != torch.float32
+        _FORWARD(
+            (count * setup.heads * setup.batches,),
+            (setup.q, setup.k, setup.v, out, sums, *setup.pointers),
+            (*setup.numbers(count, sums), *strides),
+            (
+                q.shape[-1],
+                padded_dim(q.shape[-1]),
+                unit,
+                has_table,
+                has_slopes,
+                *setup.masks,
+                fold,
+                _reads_by_instruction(q),
+                cut.queries,
+                cut.keys,
+                cut.stages,
+            ),
+            cut.warps,
+        )
+    return out, sums
+
+
+def launch_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    *arguments: Any,
+    blocks: BackwardBlocks | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`oslo_fusion.ops.attention.attention_backward_reference`; ``blocks`` overrides the heuristic."""
+    extras, options, wanted = split(arguments)
+    if q.dtype == torch.float64:
+        return attention_backward_reference(dout, q, k, v, out, logsumexp, *arguments)
+    _check(q, k, v, extras, options)
+    table = extras.table if wanted else None
+    dq, dk, dv = (new_like_tokens(x) for x in (q, k, v))
+    if table is None:
+        dtable = torch.empty((0,), dtype=torch.float32, device=q.device)
+    else:
+        dtable = torch.empty(table.shape, dtype=table.dtype, device=q.device)
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), dtable.zero_()
+    with on_device(q):
+        setup = _set_up(q, k, v, extras, options)
+        dout = _dense_dim(dout)
+        dim, width = q.shape[-1], padded_dim(q.shape[-1])
+        cut = blocks or backward_blocks(dim, q.element_size(), device_facts(q)[1])
+        delta = torch.empty(logsumexp.shape, dtype=torch.float32, device=q.device)
+        packed = q.dim() == 3
+        count = -(-setup.queries // 64)
+        strides, unit = _in_units(out, dout)
+        numbers = setup.numbers(count, logsumexp)
+        _DELTA(
+            (count * setup.heads * setup.batches,),
+            (out, dout, delta, extras.q_offsets),
+            (setup.heads, numbers[5], count, *numbers[14:16], *strides),
+            (dim, width, unit, packed, 64),
+            4,
+        )
+        inputs = (setup.q, setup.k, setup.v, dout)
+        state = (logsumexp, delta)
+        by_instruction = _reads_by_instruction(q)
+
+        tile = cut.keys
+        count = -(-setup.keys // tile.keys)
+        strides, unit = _in_units(*inputs, dk)
+        _DKDV(
+            (count * setup.kv_heads * setup.batches,),
+            (*inputs, dk, dv, *state, *setup.pointers),
+            (options.scale, *setup.numbers(count, logsumexp), *strides),
+            (
+                dim,
+                width,
+                unit,
+                *setup.biases,
+                *setup.masks,
+                by_instruction,
+                tile.queries,
+                tile.keys,
+                tile.stages,
+            ),
+            tile.warps,
+        )
+
+        tile, diagonal = cut.queries, cut.table
+        count = -(-setup.queries // tile.queries)
+        # The diagonals of tiles in which a key is near.
+        first = -((setup.near[0] + diagonal.keys - 2) // diagonal.keys)
+        last = (setup.near[1] + diagonal.queries - 2) // diagonal.keys
+        far = None
+        if table is not None:
+            far = torch.empty((setup.batches * setup.heads * count, 2), dtype=torch.float32, device=q.device)
+        strides, unit = _in_units(*inputs, dq)
+        _DQ(
+            (count * setup.heads * setup.batches,),
+            (*inputs, dq, far, *state, *setup.pointers),
+            (
+                options.scale,
+                *setup.numbers(count, logsumexp),
+                *strides,
+                first * diagonal.keys,
+                (last + 1) * diagonal.keys,
+            ),
+            (
+                dim,
+                width,
+                unit,
+                *setup.biases,
+                *setup.masks,
+                by_instruction,
+                table is not None,
+                tile.queries,
+                tile.keys,
+                tile.stages,
+            ),
+            tile.warps,
+        )
+        if table is not None:
+            assert far is not None
+            _table_gradient(setup, dout, logsumexp, delta, far, dtable, cut, (first, last))
+    return dq, dk, dv, dtable
+
+
+def table_parts(diagonals: int, items: int, processors: int) -> int:
+    """Into how many parts the tiles of a diagonal go: about one program for each multiprocessor.
+
+    Args:
+        diagonals: of tiles, of all heads.
+        items: tiles of a diagonal.
+        processors: of the device.
+    """
+    return max(1, min(items, processors // diagonals))
+
+
+def _table_gradient(
+    setup: _Setup,
+    dout: Tensor,
+    logsumexp: Tensor,
+    delta: Tensor,
+    far: Tensor,
+    dtable: Tensor,
+    cut: BackwardBlocks,
+    diagonals: tuple[int, int],
+) -> None:
+    assert cut.table.queries == cut.queries.queries, "what is far is cut by blocks of queries"
+    q, (first, last), tile = setup.q, diagonals, cut.table
+    dim, count = q.shape[-1], -(-setup.queries // tile.queries)
+    offsets = last - first + 1
+    parts = table_parts(setup.heads * offsets, setup.batches * count, device_facts(q)[0])
+    sums = torch.empty((setup.heads, offsets, parts, tile.queries, tile.keys), dtype=torch.float32, device=q.device)
+    strides, unit = _in_units(q, setup.k, setup.v, dout)
+    distances, _, mask, ranges, q_offsets, k_offsets, rng = setup.pointers
+    aligned = q_offsets is k_offsets if q.dim() == 3 else (setup.keys - setup.queries) % 16 == 0
+    _DTABLE(
+        (parts, offsets, setup.heads),
+        (q, setup.k, setup.v, dout, sums, logsumexp, delta, distances, mask, ranges, q_offsets, k_offsets, rng),
+        (setup.options.scale, *setup.numbers(count, logsumexp), *strides, setup.batches, parts, first),
+        (
+            dim,
+            padded_dim(dim),
+            unit,
+            *setup.masks,
+            aligned,
+            _reads_by_instruction(q),
+            tile.queries,
+            tile.keys,
+            tile.stages,
+        ),
+        tile.warps,
+    )
+    buckets, span = dtable.shape[0], 1 << (tile.queries + tile.keys - 2).bit_length()
+    _DTABLE_SUM(
+        (setup.heads,),
+        (sums, far, setup.buckets, dtable),
+        (setup.heads, setup.batches, count, parts, offsets, first, setup.reach),
+        (buckets, 1 << (buckets - 1).bit_length(), tile.queries, tile.keys, 16, span, 1024),
+        8,
+    )
+
+
+register_kernels(launch_attention, launch_attention_backward, "CUDA")

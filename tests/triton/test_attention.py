@@ -1,0 +1,406 @@
+"""The kernels of attention: under the law against eager code, on a GPU or interpreted; and compiled for absent GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from oslo_fusion.errors import ConfigError
+from oslo_fusion.ops import attention as op
+from oslo_fusion.ops.attention_cases import ATTENTION_CASES, AttentionCase, eager_attention
+from oslo_fusion.ops.row_cases import drawer
+from oslo_fusion.probe import compare
+from oslo_fusion.triton import attention as kernels
+from oslo_fusion.triton.attention import (
+    AttentionBlocks,
+    BackwardBlocks,
+    backward_blocks,
+    forward_blocks,
+    near_distances,
+    padded_dim,
+    table_parts,
+)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+RESULTS = ("result", "dq", "dk", "dv", "dtable")
+
+
+def test_this_file_interpreted(rerun_interpreted: Callable[[], None]) -> None:
+    rerun_interpreted()
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer that a launcher allocates is full of NaN, so that a number that was not written is seen."""
+
+    def full(shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.full(shape, float("nan") if dtype.is_floating_point else -1, dtype=dtype, device=device)
+
+    monkeypatch.setattr(torch, "empty", full)
+
+
+def cut(monkeypatch: pytest.MonkeyPatch, forward: AttentionBlocks, backward: BackwardBlocks) -> None:
+    monkeypatch.setattr(kernels, "forward_blocks", lambda *_: forward)
+    monkeypatch.setattr(kernels, "backward_blocks", lambda *_: backward)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of few queries and keys, of unequal sides, so that short sequences have several, near and far."""
+    wide = AttentionBlocks(32, 16, 4, 2)
+    cut(monkeypatch, AttentionBlocks(16, 32, 4, 2), BackwardBlocks(AttentionBlocks(32, 16, 4, 2), wide, wide))
+
+
+def launch(case: AttentionCase, device: torch.device) -> Callable[..., Tensor]:
+    """Kernels and their gradient, as eager code reaches them on a GPU."""
+    options = case.options(device)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None = None) -> Tensor:
+        result: Tensor = op._Attention.apply(*op.prepare(q, k, v, bias_table=table, **options))
+        return result
+
+    return call
+
+
+def results(call: Callable[..., Tensor], draws: list[list[Tensor]], dtype: torch.dtype) -> list[Tensor]:
+    """The result and its gradients, of all draws in one tensor each."""
+    columns = []
+    for number, tensors in enumerate(draws):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        y = call(*leaves)
+        g = drawer(draws[0][0].dtype, y.device, 100 + number)(*y.shape).to(dtype)
+        columns.append([y, *torch.autograd.grad(y, leaves, g)])
+    return [torch.cat([x.flatten() for x in column]) for column in zip(*columns, strict=True)]
+
+
+def check(case: AttentionCase, dtype: torch.dtype, device: torch.device, draws: int, name: str) -> None:
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter truncates bfloat16 where a GPU rounds")
+    given = [case.tensors(drawer(dtype, device, seed)) for seed in range(draws)]
+    eager = eager_attention(case)
+    columns = results(launch(case, device), given, dtype), results(eager, given, dtype), results(eager, given, torch.float64)
+    for what, ours, theirs, truth in zip(RESULTS, *columns, strict=False):
+        if not truth.any():  # a softmax over one key: what is left is a difference of two sums over a head's numbers
+            largest = max(float(t.abs().max()) for tensors in given for t in tensors)
+            assert ours.abs().max() <= torch.finfo(torch.float32).eps * case.dim * largest**3, f"{name} {dtype}, {what}"
+        else:
+            comparison = compare(ours, theirs, truth)
+            assert comparison.same, f"{name} {dtype}, {what}: {comparison}"
+
+
+@pytest.mark.usefixtures("poisoned", "small")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", list(ATTENTION_CASES))
+def test_the_law_holds(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    if device.type == "cpu" and dtype == torch.float32:
+        # On a GPU both are the same sum in the same order, and the largest probability is 1 to the bit.
+        pytest.skip("numpy rounds k qᵀ otherwise than q kᵀ, so the backward's scores are not the forward's")
+    check(ATTENTION_CASES[name], dtype, device, 3, name)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", ["plain", "T5 decoder", "packed with everything", "head size 80", "dropout, causal, grouped"])
+def test_the_law_holds_in_tiles_of_the_heuristic(name: str, device: torch.device) -> None:
+    check(ATTENTION_CASES[name], torch.float16, device, 2, name)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("length", [1, 17, 33, 100])
+@pytest.mark.parametrize("dim", [32, 64, 80, 128])
+def test_lengths_and_head_sizes(dim: int, length: int, device: torch.device) -> None:
+    # Of one key with dropout the gradient is a difference of two rounded numbers that are equal.
+    dropout = 0.1 if length > 1 else 0.0
+    case = AttentionCase(1, 2, 2, length, length, dim, True, scale=1.0, dropout=dropout, table="decoder", padding="left")
+    check(case, torch.float16, device, 2, f"{length}×{dim}")
+
+
+LARGE = {
+    "T5-base encoder": AttentionCase(heads=12, kv_heads=12, dim=64, scale=1.0, table="encoder", buckets=32, max_distance=128),
+    "T5-base decoder": AttentionCase(
+        heads=12, kv_heads=12, dim=64, scale=1.0, table="decoder", causal=True, buckets=32, max_distance=128, dropout=0.1
+    ),
+    "BERT": AttentionCase(heads=12, kv_heads=12, dim=64, dropout=0.1, padding="right", batch=3),
+    "grouped": AttentionCase(heads=8, kv_heads=2, dim=128, causal=True),
+    "window": AttentionCase(heads=4, kv_heads=4, dim=96, causal=True, window=(200, None), padding="left"),
+    "holes": AttentionCase(heads=4, kv_heads=4, dim=80, padding="holes", slopes=True),
+    "wide": AttentionCase(heads=2, kv_heads=2, dim=256, table="encoder", buckets=32, max_distance=128),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [333, 1000, 2048])
+@pytest.mark.parametrize("name", list(LARGE))
+def test_the_law_holds_for_long_sequences(name: str, length: int, dtype: torch.dtype) -> None:
+    case = LARGE[name]
+    check(AttentionCase(**{**case.__dict__, "queries": length, "keys": length}), dtype, torch.device("cuda"), 1, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_sequences_of_all_lengths(dtype: torch.dtype) -> None:
+    case = AttentionCase(packed=(333, 1, 1000, 64, 17), heads=4, kv_heads=4, dim=64, table="encoder", dropout=0.1)
+    check(case, dtype, torch.device("cuda"), 1, "packed")
+
+
+@pytest.mark.gpu
+def test_16384_tokens_fit_into_the_memory_of_inputs_and_outputs() -> None:
+    case = AttentionCase(1, 12, 12, 16384, 16384, 64, scale=1.0, table="encoder", buckets=32, max_distance=128)
+    leaves = [t.requires_grad_() for t in case.tensors(drawer(torch.bfloat16, "cuda"))]
+    call = launch(case, torch.device("cuda"))
+    call(*leaves).sum().backward()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call(*leaves).sum().backward()
+    taken = torch.cuda.max_memory_allocated() - before
+    size = leaves[0].numel() * 2
+    assert taken < 8 * size + (32 << 20)  # result, its gradient twice, three gradients; sums, and tiles of the table's
+
+
+@pytest.mark.usefixtures("small")
+def test_backward_is_the_same_every_time(device: torch.device) -> None:
+    case = ATTENTION_CASES["T5 with dropout"]
+    leaves = [t.detach().requires_grad_() for t in case.tensors(drawer(torch.float16, device))]
+    runs = []
+    for _ in range(2):
+        y = launch(case, device)(*leaves)
+        runs.append((y, *torch.autograd.grad(y.float().square().sum(), leaves)))
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.usefixtures("small")
+def test_forward_and_backward_drop_the_same(device: torch.device) -> None:
+    # With v the identity the result is the dropped probabilities themselves, and dv those summed over queries.
+    case = AttentionCase(batch=1, heads=1, kv_heads=1, queries=64, keys=64, dim=64, dropout=0.3)
+    q, k, _ = case.tensors(drawer(torch.float32, device))
+    v = torch.eye(64, device=device)[None, None].clone().requires_grad_()
+    p = launch(case, device)(q, k, v)
+    rng = case.options(device)["rng"]
+    assert torch.equal(p[0, 0] != 0, op.kept_elements(rng, 0.3, 1, 1, 64, 64)[0, 0])
+    dv = torch.autograd.grad(p, v, torch.ones_like(p))[0]
+    torch.testing.assert_close(dv[0, 0], p[0, 0].sum(0)[:, None].expand(64, 64).detach())
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("queries", [40, 45])
+def test_the_mask_does_not_depend_on_the_tiles(queries: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 45 queries of 50 keys: tiles of the table's kernel then begin at keys that are no multiple of 16.
+    case = AttentionCase(queries=queries, keys=50, table="encoder", dropout=0.4)
+    leaves = [t.detach().requires_grad_() for t in case.tensors(drawer(torch.float32, device))]
+    runs = []
+    for tile in (AttentionBlocks(16, 16, 4, 1), AttentionBlocks(64, 32, 4, 1)):
+        cut(monkeypatch, tile, BackwardBlocks(AttentionBlocks(tile.keys, tile.queries, 4, 1), tile, tile))
+        y = launch(case, device)(*leaves)
+        runs.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y) + y.detach())))
+    for first, second in zip(*runs, strict=True):
+        torch.testing.assert_close(first, second, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.usefixtures("poisoned", "small")
+def test_strides_of_all_kinds(device: torch.device) -> None:
+    draw = drawer(torch.float32, device)
+    packed = draw(2, 20, 3, 2, 24)
+    strided = [packed[:, :, number].transpose(1, 2)[..., 3:19] for number in range(3)]
+    expanded = [x[:1].expand(2, -1, -1, -1) for x in strided]
+    every_other = [draw(2, 2, 20, 32)[..., ::2] for _ in range(3)]
+    contiguous = [draw(2, 2, 20, 16) for _ in range(3)]
+    for q, k, v in (strided, expanded, every_other, contiguous):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        dense = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in (q, k, v)]
+        ours = op._Attention.apply(*op.prepare(*leaves, causal=True))
+        theirs = op.attention_reference(*op.prepare(*dense, causal=True))[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        for g in (torch.ones((), device=device).expand(ours.shape), draw(2, 2, 16, 20).transpose(2, 3)):
+            gradients = torch.autograd.grad(ours, leaves, g, retain_graph=True)
+            out, sums = op.attention_reference(*op.prepare(*dense, causal=True))
+            arguments = op.prepare(*dense, causal=True)
+            expected = op.attention_backward_reference(g, *arguments[:3], out, sums, *arguments[3:], False)
+            for a, b in zip(gradients, expected, strict=False):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_lengths_on_a_gpu_never_lead_out_of_memory(device: torch.device) -> None:
+    q, k, v = (drawer(torch.float32, device)(6, 1, 16) for _ in range(3))
+    offsets = torch.tensor([0, 4, 99, -3], dtype=torch.int32, device=device)
+    extras = op.Extras(None, None, None, None, offsets, offsets, None)
+    options = op.Options(1.0, -1, -1, True, 128, 0.0, 64, 64)
+    if device.type == "cpu":
+        with pytest.raises(ConfigError, match=r"cu_seqlens_q: received \[0, 4, 99, -3\]"):
+            kernels.launch_attention(q, k, v, *extras, *options)
+        return
+    out, _ = kernels.launch_attention(q, k, v, *extras, *options)
+    fixed = torch.tensor([0, 4, 6], dtype=torch.int32, device=device)
+    expected, _ = kernels.launch_attention(q, k, v, *extras._replace(q_offsets=fixed, k_offsets=fixed), *options)
+    assert torch.equal(out, expected)
+
+
+def test_launchers_check_first(device: torch.device) -> None:
+    q = torch.zeros(1, 2, 5, 8, device=device)
+    with pytest.raises(ConfigError, match="k: received 3 heads"):
+        kernels.launch_attention(*op.prepare(q, *(torch.zeros(1, 3, 5, 8, device=device),) * 2))
+    arguments = op.prepare(q, q, q, dropout=-0.5)
+    with pytest.raises(ConfigError, match=r"dropout: received -0\.5"):
+        kernels.launch_attention_backward(q, *arguments[:3], q, q[..., 0], *arguments[3:], False)
+
+
+def test_what_is_far() -> None:
+    assert near_distances(True, 32, 128) == (92, 92)
+    assert near_distances(False, 32, 128) == (114, 0)
+    for bidirectional, buckets, most in ((True, 8, 9), (False, 8, 9), (True, 64, 500)):
+        left, right = near_distances(bidirectional, buckets, most)
+        distances = torch.arange(-2 * most, 2 * most + 1)
+        names = op.relative_position_bucket(distances, bidirectional, buckets, most)
+        assert len(names[distances <= -left].unique()) == 1
+        assert len(names[distances >= right].unique()) == 1
+
+
+def test_tiles_of_the_heuristic() -> None:
+    assert [padded_dim(dim) for dim in (1, 16, 17, 80, 96, 128, 256)] == [16, 16, 32, 128, 128, 128, 256]
+    assert table_parts(36, 128, 132) == 3
+    assert table_parts(36, 2, 132) == 2
+    assert table_parts(1000, 128, 132) == 1
+    for dim, itemsize, shared in (
+        (d, i, s) for d in (16, 64, 80, 128, 256) for i in (2, 4) for s in (65_536, 166_912, 232_448)
+    ):
+        backward = backward_blocks(dim, itemsize, shared)
+        assert backward.table.queries == backward.queries.queries, "what is far is cut by blocks of queries"
+        for tile in (forward_blocks(dim, itemsize, shared), backward.keys, backward.queries, backward.table):
+            assert tile.queries % 16 == tile.keys % 16 == 0
+            assert tile.queries + tile.keys <= kernels._REACH
+
+
+# --- compiled for absent GPUs -----------------------------------------------------------------------------------------------
+
+POINTERS = {
+    "sums_ptr": "*fp32",
+    "delta_ptr": "*fp32",
+    "far_ptr": "*fp32",
+    "parts_ptr": "*fp32",
+    "distances_ptr": "*fp32",
+    "slopes_ptr": "*fp32",
+    "mask_ptr": "*i1",
+    "range_ptr": "*i32",
+    "q_offsets_ptr": "*i32",
+    "k_offsets_ptr": "*i32",
+    "rng_ptr": "*i64",
+    "buckets_ptr": "*i32",
+}
+SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536, "gfx950": 163_840}
+PLAIN: dict[str, Any] = {
+    "HAS_TABLE": False,
+    "HAS_SLOPES": False,
+    "HAS_MASK": False,
+    "RANGE": 0,
+    "PACKED": False,
+    "HAS_LEFT": False,
+    "HAS_RIGHT": False,
+    "DROPOUT": False,
+    "TABLE_GRADIENT": False,
+    "ALIGNED": True,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "T5": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "HAS_RIGHT": True},
+    "everything": {name: 2 if name == "RANGE" else True for name in PLAIN if name not in ("HAS_SLOPES", "ALIGNED")},
+    "ALiBi, dropout": {"HAS_SLOPES": True, "DROPOUT": True},
+}
+NEEDED = {
+    "distances_ptr": "HAS_TABLE",
+    "slopes_ptr": "HAS_SLOPES",
+    "mask_ptr": "HAS_MASK",
+    "range_ptr": "RANGE",
+    "q_offsets_ptr": "PACKED",
+    "k_offsets_ptr": "PACKED",
+    "rng_ptr": "DROPOUT",
+    "far_ptr": "TABLE_GRADIENT",
+}
+
+
+def compiled(kernel: Any, kind: str, dtype: str, dim: int, tile: AttentionBlocks, target: str, compile_: Any) -> Any:
+    flags = {**PLAIN, **KINDS[kind]}
+    constants = {**flags, "DIM": dim, "WIDTH": padded_dim(dim), "UNIT": 16}
+    nvidia = target.startswith("sm_")
+    constants |= {"ASM": nvidia, "FOLD": not flags["HAS_TABLE"] and dtype != "fp32"}
+    constants |= {"QUERIES": tile.queries, "KEYS": tile.keys, "STAGES": tile.stages}
+    constants |= {pointer: None for pointer, flag in NEEDED.items() if not flags[flag]}
+    names = kernel.arg_names
+    floats = ("scale", "inverse", "natural")
+    signature = {
+        name: POINTERS.get(name, f"*{dtype}") if name.endswith("_ptr") else "fp32" if name in floats else "i32"
+        for name in names
+    }
+    if dtype == "fp32":
+        signature["sums_ptr"] = "*fp64"
+    constants = {name: value for name, value in constants.items() if name in names}
+    return compile_(
+        kernel, signature, constants, num_warps=tile.warps, num_stages=tile.stages, targets=[target], spill_allowed=1024
+    )[target]
+
+
+@pytest.mark.parametrize("target", list(SHARED))
+@pytest.mark.parametrize(("dtype", "dim"), [("bf16", 64), ("fp16", 80), ("bf16", 128), ("bf16", 256), ("fp32", 64)])
+def test_kernels_compile_for_every_target(
+    dtype: str, dim: int, target: str, compile_for_all_targets: Callable[..., Any]
+) -> None:
+    itemsize = 4 if dtype == "fp32" else 2
+    forward, backward = forward_blocks(dim, itemsize, SHARED[target]), backward_blocks(dim, itemsize, SHARED[target])
+    for kind in ("T5", "everything", "ALiBi, dropout") if (dtype, dim) == ("bf16", 64) else ("everything",):
+        for kernel, tile in (
+            (kernels._attention_fwd_kernel, forward),
+            (kernels._attention_dkdv_kernel, backward.keys),
+            (kernels._attention_dq_kernel, backward.queries),
+            *([(kernels._attention_dtable_kernel, backward.table)] if KINDS[kind].get("HAS_TABLE") else []),
+        ):
+            compiled(kernel, kind, dtype, dim, tile, target, compile_for_all_targets)
+
+
+@pytest.mark.parametrize("kind", ["plain", "T5", "ALiBi, dropout"])
+def test_nothing_spills_and_nothing_is_sorted_on_the_way(kind: str, compile_for_all_targets: Callable[..., Any]) -> None:
+    """On an H200's kind of GPU at T5's and BERT's head size: bias and random mask are made where they are needed."""
+    forward, backward = forward_blocks(64, 2, SHARED["sm_90"]), backward_blocks(64, 2, SHARED["sm_90"])
+    for kernel, tile in (
+        (kernels._attention_fwd_kernel, forward),
+        (kernels._attention_dkdv_kernel, backward.keys),
+        (kernels._attention_dq_kernel, backward.queries),
+    ):
+        plain = compiled(kernel, "plain", "bf16", 64, tile, "sm_90", compile_for_all_targets)
+        built = compiled(kernel, kind, "bf16", 64, tile, "sm_90", compile_for_all_targets)
+        assert built.spilled == 0, f"{kernel.__name__}: {built.registers} registers, {built.spilled} bytes spill"
+        assert built.shared <= plain.shared + 2048, "a tile goes through shared memory"
+        assert "wgmma.mma_async" in built.assembly
+
+
+def test_other_kernels_compile_for_every_target(compile_for_all_targets: Callable[..., Any]) -> None:
+    strides = dict.fromkeys(("o_batch", "o_head", "o_token", "g_batch", "g_head", "g_token"), "i32")
+    numbers = dict.fromkeys(("heads", "queries", "blocks", "sum_batch", "sum_head"), "i32") | strides
+    signature = {"out_ptr": "*bf16", "dout_ptr": "*bf16", "delta_ptr": "*fp32", "q_offsets_ptr": "*i32", **numbers}
+    constants: dict[str, Any] = {"DIM": 256, "WIDTH": 256, "UNIT": 16, "PACKED": True, "QUERIES": 64}
+    compile_for_all_targets(kernels._attention_delta_kernel, signature, constants, spill_allowed=64)
+    signature = {
+        "table_ptr": "*bf16",
+        "buckets_ptr": "*i32",
+        "distances_ptr": "*fp32",
+        "factor": "fp32",
+        "heads": "i32",
+        "width": "i32",
+    }
+    compile_for_all_targets(kernels._attention_distances_kernel, signature, {"BLOCK": 512})
+    signature = {"mask_ptr": "*i1", "range_ptr": "*i32", "keys": "i32", "batch_stride": "i32", "key_stride": "i32"}
+    compile_for_all_targets(kernels._attention_range_kernel, signature, {"BLOCK": 1024})
+    signature = {"parts_ptr": "*fp32", "far_ptr": "*fp32", "buckets_ptr": "*i32", "dtable_ptr": "*bf16"}
+    signature |= dict.fromkeys(("heads", "batches", "blocks", "parts", "offsets", "first_offset", "reach"), "i32")
+    constants = {"BUCKETS": 32, "COUNT": 32, "QUERIES": 128, "KEYS": 64, "ROWS": 16, "SPAN": 256, "FAR": 1024}
+    compile_for_all_targets(kernels._attention_dtable_sum_kernel, signature, constants, num_warps=8)
+
+
+def test_the_law_is_not_met_by_a_wrong_bias(device: torch.device) -> None:
+    case = ATTENTION_CASES["T5 decoder"]
+    tensors = case.tensors(drawer(torch.float32, device))
+    other = AttentionCase(**{**case.__dict__, "max_distance": 12})
+    exact = eager_attention(case)(*(t.double() for t in tensors))
+    assert not compare(launch(other, device)(*tensors), eager_attention(case)(*tensors), exact).same
