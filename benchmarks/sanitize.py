@@ -38,6 +38,8 @@ from torch import Tensor
 
 from oslo_fusion import extension, models, workload
 from oslo_fusion.errors import OsloFusionError
+from oslo_fusion.ops.attention import attention
+from oslo_fusion.ops.attention_cases import ATTENTION_CASES, AttentionCase, eager_attention
 from oslo_fusion.ops.row_cases import drawer
 from oslo_fusion.testing import assert_close_to_reference
 
@@ -228,7 +230,24 @@ def _bans(cuda: bool) -> Iterator[Case]:
         yield Case(f"no_repeat_ngram in {kernel}, {label}", (scores, ids, source), run)
 
 
-OPERATIONS = (_norms, _products, _rotations, _bans)
+def _attentions(cuda: bool) -> Iterator[Case]:
+    names = ("T5 encoder, padded", "T5 with dropout, unaligned", "left padding", "holes", "lengths", "packed with everything")
+    for name, dtype in zip((*names, "head size 80", "ALiBi both ways"), itertools.cycle(DTYPES), strict=False):
+        case = ATTENTION_CASES[name]
+
+        def run(*tensors: Tensor, case: AttentionCase = case) -> Sequence[Tensor]:
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            options = case.options(leaves[0].device)
+            if leaves[0].is_cuda:
+                y = attention(*leaves[:3], bias_table=leaves[3] if case.table else None, **options)
+            else:
+                y = eager_attention(case)(*leaves)
+            return [y.detach(), *torch.autograd.grad(y, leaves, drawer(y.dtype, seed=1)(*y.shape).to(y.device))]
+
+        yield Case(f"attention, {name} {models.dtype_name(dtype)}", tuple(case.tensors(drawer(dtype))), run)
+
+
+OPERATIONS = (_norms, _products, _rotations, _bans, _attentions)
 """Where the cases of an operation come from; one that this version does not have gives none."""
 
 

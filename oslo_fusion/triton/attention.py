@@ -109,7 +109,7 @@ def forward_blocks(dim: int, itemsize: int, shared: int) -> AttentionBlocks:
     if shared < 100_000:
         return AttentionBlocks(64, 32, 4, 1)
     if width <= 64:
-        return AttentionBlocks(128, 64, 4, 3)
+        return AttentionBlocks(128, 64, 8, 3)  # with 4 warps T5's bias spills
     if width <= 128:
         return AttentionBlocks(128, 64, 8, 2 if shared < 200_000 else 3)
     return AttentionBlocks(64, 32, 4, 2) if shared < 200_000 else AttentionBlocks(128, 64, 8, 2)
@@ -187,6 +187,7 @@ def _look_up(pointers, ASM: tl.constexpr):
 @triton.jit
 def _scores(
     qk,
+    scale,
     q,
     k,
     q0,
@@ -210,14 +211,22 @@ def _scores(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     ASM: tl.constexpr,
+    FOLD: tl.constexpr = False,
 ):
-    """Bias and masks on a tile of scaled scores. ``q``, ``k``: numbers in the tile, shaped along its dimensions."""
+    """Scale (unless the exponent has it), bias and masks on a tile of products.
+
+    ``q``, ``k``: numbers in the tile, shaped along its dimensions. The branch gives the bias and does not touch the products,
+    because Triton 3.6 fails to compile a product of the pipelined loop that is used in two branches.
+    """
     start = k0 - q0 - shift  # the distance of the tile's first key and query
     if HAS_TABLE:
         if (start + KEYS > 1 - near_left) & (start + 1 < near_right + QUERIES):
-            qk += _look_up((distances_ptr + (reach + start) - q) + k, ASM)
+            bias = _look_up((distances_ptr + (reach + start) - q) + k, ASM)
         else:
-            qk += tl.load(distances_ptr + tl.where(start > 0, 2 * reach, 0))
+            bias = (q * 0 + k * 0).to(tl.float32) + tl.load(distances_ptr + tl.where(start > 0, 2 * reach, 0))
+        qk = qk * scale + bias
+    elif not FOLD:
+        qk *= scale
     if HAS_SLOPES:
         qk -= slope * tl.abs((start + k).to(tl.float32) - q.to(tl.float32))
     crossed = (k0 < begin) | (k0 + KEYS > end)
@@ -490,10 +499,9 @@ def _attention_fwd_kernel(
         k_mask = inside[None, :] if DIM == WIDTH else inside[None, :] & (dims < DIM)[:, None]
         k = tl.load(k_base + k_tokens[None, :] * (k_token * UNIT) + dims[:, None], mask=k_mask, other=0.0)
         s = tl.dot(q, k, input_precision="ieee")
-        if not FOLD:
-            s *= scale
         s = _scores(
             s,
+            scale,
             rows[:, None],
             cols[None, :],
             q0,
@@ -517,6 +525,7 @@ def _attention_fwd_kernel(
             QUERIES,
             KEYS,
             ASM,
+            FOLD,
         )
         higher = tl.maximum(top, tl.max(s, axis=1))
         # Where nothing was seen yet, -inf - -inf would be NaN.
@@ -709,9 +718,10 @@ def _attention_dkdv_kernel(
             q_mask = inside[:, None] if DIM == WIDTH else inside[:, None] & (dims < DIM)[None, :]
             q = tl.load(q_base + q_tokens * (q_token * UNIT) + dims[None, :], mask=q_mask, other=0.0)
             sums = tl.load(sums_ptr + sum_offset + q0 + cols, mask=inside, other=float("inf"))
-            s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+            s = tl.dot(k, tl.trans(q), input_precision="ieee")
             s = _scores(
                 s,
+                scale,
                 cols[None, :],
                 rows[:, None],
                 q0,
@@ -875,9 +885,10 @@ def _attention_dq_kernel(
         k_inside = k0 + cols < keys
         k_mask = k_inside[:, None] if DIM == WIDTH else k_inside[:, None] & (dims < DIM)[None, :]
         k = tl.load(k_base + k_tokens * (k_token * UNIT) + dims[None, :], mask=k_mask, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
         s = _scores(
             s,
+            scale,
             rows[:, None],
             cols[None, :],
             q0,
@@ -985,7 +996,7 @@ def _attention_dtable_kernel(
     STAGES: tl.constexpr,
 ):
     # Program: a part of the tiles of one diagonal of one head. Tiles of keys begin at a fixed distance from those of queries.
-    part = tl.program_id(0) % parts
+    part = tl.program_id(0)
     offset = (first_offset + tl.program_id(1)) * KEYS
     head = tl.program_id(2)
     rows, cols, dims = tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, WIDTH)
@@ -1009,7 +1020,7 @@ def _attention_dtable_kernel(
         v_base = _base(v_ptr, batch, head // groups, first_key, v_batch, v_head, v_token, UNIT)
         q = tl.load(q_base + tokens * (q_token * UNIT) + dims[None, :], mask=q_mask, other=0.0)
         k = tl.load(k_base + k_tokens * (k_token * UNIT) + dims[None, :], mask=k_mask, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
         sum_offset = batch.to(tl.int64) * sum_batch + head.to(tl.int64) * sum_head + first_query
         sums = tl.load(sums_ptr + sum_offset + q0 + rows, mask=inside, other=float("inf"))
         batch_mask_ptr = mask_ptr
@@ -1017,6 +1028,7 @@ def _attention_dtable_kernel(
             batch_mask_ptr = mask_ptr + batch.to(tl.int64) * mask_units
         s = _scores(
             s,
+            scale,
             rows[:, None],
             cols[None, :],
             q0,

@@ -29,6 +29,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RESULTS = ("result", "dq", "dk", "dv", "dtable")
 
 
+@pytest.mark.timeout(900)  # two and a half minutes on a shared core
 def test_this_file_interpreted(rerun_interpreted: Callable[[], None]) -> None:
     rerun_interpreted()
 
