@@ -170,12 +170,14 @@ def _loss_kernel(
             logsumexp = top + tl.log(total)
             tl.store(losses_ptr + row, logsumexp - (1.0 - SMOOTHING) * at_label - SMOOTHING * mean)
             if GRADIENT:
+                # Not exp(z - logsumexp): the rounding of that number would be an error common to all words of the row.
+                share = 1.0 / total
                 for start in range(0, WIDTH, BLOCK):
                     cols = start + tl.arange(0, BLOCK)
                     mask = cols < WIDTH
                     x = tl.load(row_ptr + cols, mask=mask, other=0.0)
                     z = _logits(x, bias_ptr, cols, mask, SCALE, CAP, HAS_BIAS)
-                    d = tl.exp(z - logsumexp) - SMOOTHING / VOCAB
+                    d = tl.exp(z - top) * share - SMOOTHING / VOCAB
                     d = tl.where(cols == label, d - (1.0 - SMOOTHING), d)
                     if CAP != 0.0:
                         d *= 1.0 - (z / CAP) * (z / CAP)
