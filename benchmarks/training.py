@@ -466,7 +466,7 @@ def measure(
     """
     start = time.perf_counter()
     section: dict[str, Any] = {"workload": load.to_dict(), "parameters": 0, "flops": 0, "rounds": 0, "calls": CALLS, "law": LAW}
-    section.update(error=None, seconds=0.0, roof={"matmul_flops_per_s": rate})
+    section.update(cold=True, error=None, seconds=0.0, roof={"matmul_flops_per_s": rate})
     providers = [Provider(name, load) for name in names]
     section["rows"] = [provider.row for provider in providers]
 
