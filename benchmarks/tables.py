@@ -70,7 +70,7 @@ def load(directory: Path) -> list[Result]:
         BadResult: a file is no JSON object.
     """
     found = []
-    for kind in (*KERNELS, "linear_cross_entropy", "rms_norm_steps", "no_repeat_ngram", "training", "sanitizer"):
+    for kind in (*KERNELS, "linear_cross_entropy", "rms_norm_steps", "no_repeat_ngram", "training", "distributed", "sanitizer"):
         for path in sorted(directory.glob(f"{kind}-*.json")):
             remedy = f"Remedy: run benchmarks.{kind} again, or remove the file."
             try:
@@ -95,6 +95,7 @@ def sections(results: Sequence[Result], link: Callable[[Path], str]) -> list[str
     """
     makers = (
         (("training",), _training),
+        (("distributed",), _distributed),
         (("linear_cross_entropy",), _losses),
         (KERNELS, _kernels),
         (("no_repeat_ngram",), _bans),
@@ -139,7 +140,8 @@ def _provenance(result: Result, link: Callable[[Path], str]) -> str:
         pieces.insert(0, f"driver {facts['driver']}")
     if facts["commit"] and facts["commit"] != "unknown":
         pieces.append(f"commit `{facts['commit'][:10]}`")
-    return f"[{result.path.name}]({link(result.path)}): one {facts['device']}, {', '.join(pieces)}"
+    count = {1: "one", 2: "two"}[result.data.get("world", 1)]
+    return f"[{result.path.name}]({link(result.path)}): {count} {facts['device']}, {', '.join(pieces)}"
 
 
 def _all_provenances(results: Sequence[Result], link: Callable[[Path], str]) -> str:
@@ -432,6 +434,43 @@ def _fused(label: str, rows: Sequence[Data]) -> list[str]:
 def _cell(text: str) -> str:
     line = " ".join(text.replace("|", "/").split())
     return line if len(line) <= 120 else line[:117] + "..."
+
+
+# --- several GPUs -------------------------------------------------------------------------------------------------------------
+
+
+def _distributed(results: Sequence[Result], link: Callable[[Path], str]) -> list[str]:
+    parts = []
+    for result in results:
+        model, rows = result.data["model"], []
+        for section in result.data["sections"]:
+            if section["error"]:
+                rows.append([f"{section['way']}: {_cell(section['error'])}", *[""] * 8])
+            rows += [[section["way"], *_distributed_cells(row)] for row in section["rows"]]
+        headings = ["parallelism", "provider", "median ms", "P90 ms", "× eager", "peak GiB per GPU", "first step s"]
+        parts += [
+            f"**Training step on two GPUs**, {model['dtype']}, {result.data['backend'].upper()}, fused AdamW",
+            _grid([*headings, "graphs", "breaks, recompiles"], 2, rows),
+            f"A Llama with {model['sizes']['num_hidden_layers']} layers, {model['sizes']['hidden_size']} wide, "
+            f"{model['batch']} × {model['seq']} tokens for both together; ours with `memory_efficient_fusion: true` and "
+            "nothing else. Loss and gradients, gathered from both, were compared with float32 before. "
+            + _all_provenances([result], link),
+        ]
+    return parts
+
+
+def _distributed_cells(row: Data) -> list[str]:
+    compiled = row.get("compiled")
+    return [
+        row["provider"],
+        f"{row['median_s'] * 1e3:.1f}",
+        f"{row['p90_s'] * 1e3:.1f}",
+        f"{row['speedup']:.2f}",
+        "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}",
+        f"{row['prepare_s'] + row['first_step_s']:.1f}",
+        "–" if compiled is None else str(compiled["graphs"]),
+        "–" if compiled is None else f"{len(compiled['breaks'])}, {compiled['recompiles']}",
+    ]
 
 
 # --- head and loss ------------------------------------------------------------------------------------------------------------

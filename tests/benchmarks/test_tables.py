@@ -153,8 +153,28 @@ LOSSES = {
         for labelled, compiled in ((100, 39.9), (15, 20.0))
     ],
 }
+MODEL = {"sizes": {"num_hidden_layers": 8, "hidden_size": 2048}, "batch": 8, "seq": 2048, "dtype": "bfloat16"}
+TWO = {
+    "benchmark": "distributed",
+    **FACTS,
+    "world": 2,
+    "backend": "nccl",
+    "model": MODEL,
+    "sections": [
+        {
+            "way": "DDP",
+            "error": None,
+            "rows": [
+                step("eager", 0.3),
+                step("oslo_fusion memory-efficient", 0.25, compiled={"graphs": 1, "breaks": ["x"], "recompiles": 2}),
+            ],
+        },
+        {"way": "FSDP2", "error": "process 1: RuntimeError: a | b", "rows": []},
+    ],
+}
 ALL = {
     "linear_cross_entropy": LOSSES,
+    "distributed": TWO,
     "rms_norm": NORMS,
     "no_repeat_ngram": BANS,
     "training": TRAINING,
@@ -264,6 +284,15 @@ def test_budget_of_a_provider():
         None,
     ], "with checkpointing it is no point of the dial"
     assert tables.budget_of("eager") is None
+
+
+def test_two_gpus(place):
+    text = made(place, distributed=TWO)
+    assert "| DDP | eager | 300.0 | 330.0 | 1.00 | 40.0 | 2.0 | – | – |" in text
+    assert "| DDP | oslo_fusion memory-efficient | 250.0 | 275.0 | 1.20 | 40.0 | 2.0 | 1 | 1, 2 |" in text
+    assert "| FSDP2: process 1: RuntimeError: a / b |  |" in text
+    assert "A Llama with 8 layers, 2048 wide, 8 × 2048 tokens" in text
+    assert "two NVIDIA Test, driver" in text
 
 
 def test_losses(place):
