@@ -687,7 +687,8 @@ def _merge(parsed: argparse.Namespace) -> int:
     for path in parsed.merge:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            sections = {section["name"]: section for section in found["sections"]}
+            own = {name: found[name] for name in ("commit", "date")}
+            sections = {section["name"]: {**own, **section} for section in found["sections"]}
             same = (found["benchmark"], found["device"], found["versions"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"--merge: {path}: no file of this benchmark ({type(error).__name__}: {error}).") from error

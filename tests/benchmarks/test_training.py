@@ -337,7 +337,9 @@ def part(name, commit, seconds=1.0, torch_version="2.11.0"):
         "device": {"name": "X", "slug": "x"},
         "versions": {"torch": torch_version},
         "seconds": seconds,
-        "sections": [{"name": name, "commit": commit, "rows": []}],
+        "commit": commit,
+        "date": "today",
+        "sections": [{"name": name, "rows": []}],
     }
 
 
