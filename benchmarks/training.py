@@ -61,9 +61,9 @@ CONFIG = {"kernel_fusion": {"enable": True, "custom_cuda_kernels": "all"}}
 LOSS = {"kernel_fusion": {"enable": True, "custom_cuda_kernels": ["all", "FusedLinearCrossEntropy"]}}
 
 
-def compiled(budget: float) -> dict[str, Any]:
-    """Layers compiled under a memory budget, and the fused loss."""
-    block = {"scope": "layer", "activation_memory_budget": budget}
+def compiled(budget: float, scope: str = "layer") -> dict[str, Any]:
+    """Layers, or all below the head, compiled under a memory budget, and the fused loss."""
+    block = {"scope": scope, "activation_memory_budget": budget}
     kernels = ["all", "FusedLinearCrossEntropy"]
     return {"kernel_fusion": {"enable": True, "memory_efficient_fusion": block, "custom_cuda_kernels": kernels}}
 
@@ -76,13 +76,14 @@ CHECKPOINTING = " checkpointing"
 DIAL = (0.0, 0.1, 0.25, 0.5, 0.75)
 COMPILED = {BEST: 1.0, **{f"{BEST} at {budget:g}": budget for budget in DIAL}, BEST + CHECKPOINTING: 1.0}
 WHOLE = ("compile", "liger compile")
+OURS_WHOLE = f"{BEST} whole"
 PEERS = (EAGER, EAGER + CHECKPOINTING, "liger kernels", "liger", "liger" + CHECKPOINTING, *WHOLE)
-PROVIDERS = (*PEERS, OURS, OURS_LOSS, "oslo_fusion", *COMPILED)
+PROVIDERS = (*PEERS, OURS, OURS_LOSS, "oslo_fusion", *COMPILED, OURS_WHOLE)
 """``oslo_fusion kernels``: what ``custom_cuda_kernels: all`` gives, without the TorchScript room; ``and loss``: with
 ``FusedLinearCrossEntropy`` too. ``oslo_fusion``: every room. ``memory-efficient``: layers compiled, and the fused loss; ``at``:
-with this ``activation_memory_budget``, else 1. ``compile``: ``model.compile()``. ``liger kernels``: norms, gated product and
-rotary embedding, like with like. ``liger``: its fused linear cross entropy too. ``checkpointing``: with transformers'
-``gradient_checkpointing_enable()``."""
+with this ``activation_memory_budget``, else 1; ``whole``: with ``scope: model``, all below the head in one graph. ``compile``:
+``model.compile()``. ``liger kernels``: norms, gated product and rotary embedding, like with like. ``liger``: its fused linear
+cross entropy too. ``checkpointing``: with transformers' ``gradient_checkpointing_enable()``."""
 
 DEFAULT = (*(name for name in PEERS if name != "liger kernels"), OURS, OURS_LOSS, BEST, f"{BEST} at 0")
 ROUNDS = 3
@@ -147,6 +148,8 @@ def apply_provider(name: str, model: Any) -> None:
         engine.initialize(model, CONFIG)
     elif name in COMPILED:
         engine.initialize(model, compiled(COMPILED[name]))
+    elif name == OURS_WHOLE:
+        engine.initialize(model, compiled(1.0, "model"))
     elif name.startswith("liger"):
         # On this instance, and on transformers' globals where Liger knows no other way.
         liger_recipe(model)(model=model, fused_linear_cross_entropy=name != "liger kernels")
