@@ -368,8 +368,9 @@ def _training(results: Sequence[Result], link: Callable[[Path], str]) -> list[st
 def _training_legend(sections: Sequence[Data], profiled: bool) -> Iterator[str]:
     yield "Wall clock with a synchronize per step; every provider in a process of its own, timed in turn."
     yield "*Initialize*: what oslo_fusion plans and proves before; *first step*: the first that was finished, with compilation."
-    if all(section.get("cold") for section in sections):
-        yield "All caches were empty; torch.compile's and Liger's first steps were made at the same time."
+    cold = dict.fromkeys(row["provider"] for section in sections for row in section["rows"] if row.get("cold"))
+    if cold:
+        yield f"All caches were empty for {', '.join(cold)}; the others had what these left."
     if profiled:
         yield "*Kernels* is the sum of kernel times, *host* the time until the step's call returns."
     yield "*Roof*: 6 · parameters · tokens over the rate of one large matrix product in the same run."

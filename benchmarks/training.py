@@ -13,8 +13,9 @@ whether or not it is given one model. All processes start at once, hold their mo
 round after round, because the host's speed drifts by more than the providers differ. A process that waits gives its free
 memory back, and its optimizer's state, which is zeros again when it goes on: the learning rate is 0 by then.
 
-First steps are cold: each process has its own empty caches of compiled code and of timings. Eager and ours make theirs while
-nothing else runs. ``torch.compile`` of a whole model takes so long, nearly all of it on one core of the host, that the
+First steps of ``oslo_fusion memory-efficient`` and of whole models under ``torch.compile`` are cold: their caches of compiled
+code and of timings are empty. The others have what these left. Eager and ours make theirs while nothing else runs.
+``torch.compile`` of a whole model takes so long, nearly all of it on one core of the host, that the
 providers with it make theirs at the same time, and the other peers beside them.
 
 Nothing is timed before it is checked. Loss and every parameter's gradient obey the law of ``workload.check`` on the timed
@@ -214,8 +215,11 @@ class Runner:
     def __init__(self, provider: str, load: Workload) -> None:
         self.provider, self.load, self.device = provider, load, load.torch_device
         importlib.import_module("transformers")
-        if self.device.type == "cuda":
-            torch.zeros(1, device=self.device)  # the context; all processes start at once, so this costs once
+        self.model: nn.Module | None = None
+
+    def build(self) -> None:
+        """Build the model; all processes do it at once, so that imports and contexts cost their time once."""
+        self.model = build(self.load)
 
     def refer(self, path: str) -> None:
         """Write the answers of the untouched model, and those in float32, for everybody's check."""
@@ -228,8 +232,10 @@ class Runner:
         workload.free_memory(self.device)
 
     def prepare(self) -> dict[str, Any]:
-        """Build, apply, make the first steps; then the weights are as they were."""
-        self.model = model = build(self.load)
+        """Apply, make the first steps; then the weights are as they were."""
+        if self.model is None:
+            self.build()
+        model: Any = self.model
         inputs, self.parameters = self.load.inputs(model), list(model.parameters())
         untouched = [p.detach().clone() for p in self.parameters]
         synchronize(self.device)
@@ -355,14 +361,13 @@ def serve(connection: Connection, provider: str, load: Workload, threads: int) -
 class Provider:
     """A provider's process as seen from here, and its row."""
 
-    def __init__(self, name: str, load: Workload) -> None:
+    def __init__(self, name: str, load: Workload, caches: Path) -> None:
         context = multiprocessing.get_context("spawn")
         self.name, self.load = name, load
         self.row: dict[str, Any] = {"provider": name, "error": None, "absent": None, "seconds": {}}
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, name, load, torch.get_num_threads()), daemon=True)
-        self._folder = tempfile.TemporaryDirectory(prefix="oslo-fusion-training-", ignore_cleanup_errors=True)
-        with environment_of({variable: str(Path(self._folder.name, variable.lower())) for variable in CACHES}):
+        with environment_of({variable: str(caches / variable.lower()) for variable in CACHES}):
             self._process.start()
         theirs.close()
 
@@ -411,7 +416,6 @@ class Provider:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-        self._folder.cleanup()
 
 
 @contextlib.contextmanager
@@ -469,8 +473,10 @@ def measure(
     """
     start = time.perf_counter()
     section: dict[str, Any] = {"workload": load.to_dict(), "parameters": 0, "flops": 0, "rounds": 0, "calls": CALLS, "law": LAW}
-    section.update(cold=True, error=None, seconds=0.0, roof={"matmul_flops_per_s": rate})
-    providers = [Provider(name, load) for name in names]
+    section.update(error=None, seconds=0.0, roof={"matmul_flops_per_s": rate})
+    folder = tempfile.TemporaryDirectory(prefix="oslo-fusion-training-", ignore_cleanup_errors=True)
+    place = Path(folder.name)
+    providers = [Provider(name, load, place / (name if name in WHOLE else "shared")) for name in names]
     section["rows"] = [provider.row for provider in providers]
 
     def progress() -> None:
@@ -479,8 +485,7 @@ def measure(
         on_progress(section)
 
     try:
-        with tempfile.TemporaryDirectory(prefix="oslo-fusion-training-") as folder:
-            _prepare(providers, str(Path(folder, "answers.pt")), section, progress)
+        _prepare(providers, str(place / "answers.pt"), section, progress)
         section["error"] = section["error"] or judge(section["rows"])
         progress()
         while section["error"] is None and section["rounds"] < rounds:
@@ -496,6 +501,7 @@ def measure(
     finally:
         for provider in providers:
             provider.close()
+        folder.cleanup()
     return section
 
 
@@ -527,10 +533,17 @@ def _prepare(providers: Sequence[Provider], path: str, section: dict[str, Any], 
         else:
             check(provider)
 
+    for provider in providers:
+        provider.begin("build")
+    for provider in providers:
+        provider.end()
     if not any(provider.ask("refer", path)[0] == "done" for provider in providers):
         return  # all have failed, and their rows say how
     whole = [provider for provider in providers if provider.name in WHOLE]
-    alone = [p for p in providers if p.name == EAGER or p.name.startswith("oslo_fusion")]
+    # Ours first: the caches that it fills are the other processes'.
+    alone = sorted((p for p in providers if p.name == EAGER or p.name.startswith("oslo_fusion")), key=lambda p: p.name != BEST)
+    for provider in alone[:1] + whole:
+        provider.row["cold"] = provider.name != EAGER
     for provider in alone:
         take(provider, provider.ask("prepare"))
     for provider in whole:

@@ -68,8 +68,8 @@ class Canned:
     answers: ClassVar[dict[str, dict[str, tuple[str, object]]]] = {}
     asked: ClassVar[list[tuple[str, str]]] = []
 
-    def __init__(self, name, load):
-        self.name, self.load = name, load
+    def __init__(self, name, load, caches):
+        self.name, self.load, self.caches = name, load, caches.name
         self.row = {"provider": name, "error": None, "absent": None}
 
     def ask(self, name, *arguments):
@@ -85,6 +85,7 @@ class Canned:
         if self.row["error"] is not None:
             return "out", None
         usual = {
+            "build": ("done", None),
             "refer": ("done", None),
             "prepare": ("done", PREPARED),
             "check": ("done", {"loss": {}}),
@@ -175,7 +176,7 @@ def test_the_truth_is_computed_once_and_by_the_next_if_the_first_cannot(canned):
 
 def test_whole_models_are_compiled_together_after_eager_and_ours(canned):
     measure("eager", "compile", "liger", "liger compile", training.BEST)
-    assert asked(canned, "prepare") == ["eager", training.BEST, "compile", "liger compile", "liger"]
+    assert asked(canned, "prepare") == [training.BEST, "eager", "compile", "liger compile", "liger"]
     assert asked(canned, "check") == [training.BEST, "liger", "compile", "liger compile"]
 
 
