@@ -1,6 +1,7 @@
 """GPT-2 on 256 × 16 tokens, OSLO's own example: forward and training step in fp32, fp16 and bf16, with every provider.
 
     python -m benchmarks.gpt2                                # on a GPU: benchmarks/results/gpt2-<device>.json
+    python -m benchmarks.gpt2 --memory-efficient             # the forward, layers compiled: gpt2-memory-efficient-<device>.json
     python -m benchmarks.gpt2 --size tiny --device cpu --providers eager,oslo_fusion --out /tmp/gpt2
 
 The answers of ``oslo_fusion`` are checked before each section; a section whose check is red is not timed, and the
@@ -25,9 +26,10 @@ from rich.table import Table
 from rich.text import Text
 
 from oslo_fusion import models, workload
-from oslo_fusion.errors import OsloFusionError
+from oslo_fusion.errors import ConfigError, OsloFusionError
 
 CONFIG = {"kernel_fusion": {"enable": True}}
+MEMORY_EFFICIENT = {"kernel_fusion": {"enable": True, "memory_efficient_fusion": True, "custom_cuda_kernels": "all"}}
 RESULTS = Path(__file__).parent / "results"
 SCRATCH = Path(__file__).parent / "scratch"
 # The longest compilation of all; --providers includes it.
@@ -60,13 +62,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", default="full", help="full, or tiny for a smoke test (default: full)")
     parser.add_argument("--device", default=None, help="default: cuda if there is one")
     parser.add_argument("--dtypes", default="fp32,fp16,bf16", help="comma-separated (default: fp32,fp16,bf16)")
-    parser.add_argument("--modes", default="forward,training", help="comma-separated (default: forward,training)")
+    parser.add_argument("--modes", default=None, help="comma-separated (default: forward,training)")
+    parser.add_argument(
+        "--memory-efficient",
+        action="store_true",
+        help="memory_efficient_fusion and custom kernels as configuration, the forward only, in a file of its own",
+    )
     parser.add_argument(
         "--providers",
         default=None,
         help=f"comma-separated, out of: {', '.join(workload.PROVIDERS)} (default: all; in training without the third)",
     )
     parser.add_argument("--config", default=None, help="a configuration file (default: fusion enabled, nothing else)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no section after this long")
     parser.add_argument("--commit", default=None, help="the code's commit, for a copy without its history")
     parser.add_argument(
         "--out",
@@ -79,7 +87,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(parsed: argparse.Namespace) -> int:
     device = models.parse_device(parsed.device or models.default_device())
-    modes, dtypes = _words(parsed.modes), [models.parse_dtype(word) for word in _words(parsed.dtypes)]
+    if parsed.memory_efficient and parsed.config:
+        raise ConfigError("--memory-efficient: received together with --config. Remedy: one of them.")
+    modes = _words(parsed.modes or ("forward" if parsed.memory_efficient else "forward,training"))
+    dtypes = [models.parse_dtype(word) for word in _words(parsed.dtypes)]
     plan = [
         (
             workload.Workload("gpt2", parsed.batch, parsed.seq, mode, dtype, device, parsed.size),
@@ -93,13 +104,16 @@ def _run(parsed: argparse.Namespace) -> int:
     facts = workload.facts(device, parsed.commit)
     out = parsed.out or (RESULTS if parsed.size == "full" else SCRATCH)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"gpt2-{facts['device']['slug']}.json"
+    path = out / f"gpt2-{'memory-efficient-' if parsed.memory_efficient else ''}{facts['device']['slug']}.json"
     result: dict[str, Any] = {"benchmark": "gpt2", **facts, "seconds": 0.0, "sections": []}
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     start = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("starting", total=sum(3 + len(providers) for _, providers in plan))
         for load, providers in plan:
+            if time.perf_counter() - start > parsed.seconds:
+                break
             section_start = time.perf_counter()
             label = f"{models.dtype_name(load.torch_dtype)} {load.mode}"
 
@@ -109,7 +123,7 @@ def _run(parsed: argparse.Namespace) -> int:
             try:
                 section = workload.compare(
                     load,
-                    parsed.config or CONFIG,
+                    parsed.config or (MEMORY_EFFICIENT if parsed.memory_efficient else CONFIG),
                     providers,
                     repeats=parsed.repeats,
                     with_profile=True,

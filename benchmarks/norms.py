@@ -1,10 +1,12 @@
 """Norms: ours beside what people use, checked first, on device time and on host time.
 
-    python -m benchmarks.norms --out DIR            the tables (about four minutes on one GPU)
-    python -m benchmarks.norms --out DIR --sweep    ours only, over tiles: what the heuristics are chosen from
-    python -m benchmarks.norms --dry                no GPU: every code path on tiny shapes, with the references
+    python -m benchmarks.norms --out DIR --op rms_norm   the table of an operation; --resume goes on where a run stopped
+    python -m benchmarks.norms --out DIR --sweep         ours only, over tiles: what the heuristics are chosen from
+    python -m benchmarks.norms --dry                     no GPU: every code path on tiny shapes, with the references
 
-How it is measured: :mod:`benchmarks.timing`.
+How it is measured: :mod:`benchmarks.timing`. Nearly all of the time is compilation, so processes of their own first compile,
+and check, every shape side by side; they are over before anything is timed, and what is timed finds its kernels in the caches
+of Triton and Inductor. The most important shapes come first.
 """
 
 from __future__ import annotations
@@ -13,8 +15,13 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import json
+import os
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +29,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import copy_bandwidth, device_times, host_time, need_gpu, rotation, slug, within, write
+from benchmarks.timing import commit, copy_bandwidth, device_times, host_time, need_gpu, rotation, slug, within, write
 from oslo_fusion.ops.kernels import is_here
-from oslo_fusion.ops.layer_norm import layer_norm, layer_norm_reference
-from oslo_fusion.ops.rms_norm import rms_norm, rms_norm_reference
+from oslo_fusion.ops.layer_norm import layer_norm, layer_norm_backward_reference, layer_norm_reference
+from oslo_fusion.ops.rms_norm import rms_norm, rms_norm_backward_reference, rms_norm_reference
 from oslo_fusion.ops.row_cases import drawer
 from oslo_fusion.testing import assert_close_to_reference
 
 EPS = 1e-6
+WIDTHS = (4097, 16384, 768, 4096, 8192, 1024, 2048)
 SHAPES = [
+    *((32768, width) for width in WIDTHS),
     (8, 4096),  # the only one whose host time is measured too
-    *((rows, width) for rows in (32768, 4096) for width in (768, 1024, 2048, 4096, 4097, 8192, 16384)),
+    *((4096, width) for width in WIDTHS),
 ]
-SWEEP_SHAPES = [(16384, 4096), (32768, 2048), (32768, 768), (8192, 8192), (4096, 16384), (4096, 1024)]
+WORKERS = 8
+WORKER_SECONDS = 90.0
+NOT_ALL = 3  # exit code of a process that compiles, where memory or time was short
+RED = "red: "
 DRY_SHAPES = [(5, 32), (3, 33)]
 
 Call = Callable[..., Tensor]
@@ -150,10 +162,10 @@ def measure(op: str, rows: int, width: int, dtype: torch.dtype, device: torch.de
                 if rows == 8:
                     leaves = [t.detach().requires_grad_(mode != "forward") for t in (small, *parameters)]
                     if mode == "forward":
-                        hosts[name] = host_time(lambda call=call, leaves=leaves: call(*leaves))
+                        hosts[name] = host_time(lambda call=call, leaves=leaves: call(*leaves), 100)
                     else:
                         hosts[name] = host_time(
-                            lambda call=call, leaves=leaves: torch.autograd.grad(call(*leaves), leaves, small_dy)
+                            lambda call=call, leaves=leaves: torch.autograd.grad(call(*leaves), leaves, small_dy), 100
                         )
         best = min(time for name, time in times.items() if not name.startswith("ours"))
         yield {
@@ -170,88 +182,217 @@ def measure(op: str, rows: int, width: int, dtype: torch.dtype, device: torch.de
         }
 
 
-def tiles(width: int, rows: int, itemsize: int, device: torch.device) -> dict[str, tuple[Any, list[Any]]]:
-    """For forward and backward: the tile that the heuristic chooses, and those to compare it with."""
-    from oslo_fusion.triton.rows import REGISTER_COLUMNS, RowBlocks, backward_blocks, device_facts, forward_blocks
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A shape whose kernel is timed over tiles.
 
-    processors, shared = device_facts(torch.empty(0, device=device))
-    forward = forward_blocks(width, itemsize, rows <= 2 * processors)
-    backward = backward_blocks(width, itemsize, itemsize, rows, 2, processors, shared)
-    columns, reload = forward.columns, width > REGISTER_COLUMNS
-    forwards = {forward} | {
-        RowBlocks(tile, columns, warps)
-        for tile, warps in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16))
-        if 8 <= tile * columns / (32 * warps) <= 32
+    Attributes:
+        op, kind, rows, width, dtype: the operation, ``forward`` or ``backward``, and the shape.
+        predicted: percent of copy bandwidth that the chosen tile was expected to reach, before it was measured.
+    """
+
+    op: str
+    kind: str
+    rows: int
+    width: int
+    dtype: torch.dtype
+    predicted: float | None = None
+
+    @property
+    def name(self) -> str:
+        """As the jobs are called."""
+        return f"{self.op} {self.kind} {self.rows}×{self.width} {self.dtype}"
+
+
+_HALF, _FULL = torch.bfloat16, torch.float32
+SWEEPS = [
+    Sweep("rms_norm", "forward", 32768, 4097, _HALF, 90),
+    Sweep("rms_norm", "backward", 32768, 4097, _HALF, 86),
+    Sweep("layer_norm", "backward", 32768, 16384, _HALF, 82),
+    Sweep("layer_norm", "backward", 32768, 16384, _FULL, 85),
+    Sweep("rms_norm", "forward", 32768, 4097, _FULL, 94),
+    Sweep("rms_norm", "backward", 32768, 4097, _FULL, 90),
+    Sweep("layer_norm", "forward", 32768, 4097, _HALF, 88),
+    Sweep("layer_norm", "backward", 32768, 4097, _HALF, 84),
+    Sweep("layer_norm", "forward", 32768, 4097, _FULL, 93),
+    Sweep("layer_norm", "backward", 32768, 4097, _FULL, 89),
+    Sweep("layer_norm", "forward", 32768, 768, _HALF, 88),
+    Sweep("rms_norm", "forward", 32768, 768, _HALF, 90),
+    Sweep("rms_norm", "forward", 32768, 16384, _FULL, 101),
+    Sweep("layer_norm", "forward", 32768, 16384, _HALF, 100),
+    *(
+        Sweep("rms_norm", kind, rows, width, _HALF)
+        for rows, width in ((65536, 1001), (65536, 257), (32768, 4098), (16384, 8191))
+        for kind in ("forward", "backward")
+    ),
+]
+SMALL = [(op, width, dtype) for op in ("rms_norm", "layer_norm") for width, dtype in ((3, _HALF), (17, _FULL), (515, _HALF))]
+
+
+def as_it_lies(kind: str, width: int, itemsize: int, rows: int, processors: int, shared: int) -> Any:
+    """The tile of a row that is not cut."""
+    from oslo_fusion.triton.rows import backward_blocks, forward_blocks
+
+    if kind == "forward":
+        return forward_blocks(width, itemsize, rows <= 2 * processors)
+    return backward_blocks(width, itemsize, itemsize, rows, 2, processors, shared)
+
+
+def candidates(job: Sweep, processors: int, shared: int) -> tuple[Any, dict[str, Any]]:
+    """The tile that the heuristic chooses, and all that are compared, by name."""
+    from oslo_fusion.triton import rows as tiles
+
+    size = job.dtype.itemsize
+    lies = as_it_lies(job.kind, job.width, size, job.rows, processors, shared)
+    if job.op == "layer_norm" and job.kind == "backward" and job.width > tiles.REGISTER_COLUMNS:
+        chosen = tiles.wide_backward_blocks(job.width, job.rows, processors)
+        found = {"two kernels": tiles.no_weight_blocks(job.width, size, False)}
+        for part, warps, once in (
+            (8192, 16, 1),
+            (4096, 16, 0),
+            (4096, 16, 1),
+            (2048, 16, 0),
+            (2048, 16, 1),
+            (4096, 32, 1),
+            (2048, 32, 1),
+        ):
+            stages = -(-job.width // part) if once else 1
+            name = f"{part} wide, {warps} warps, {'at once' if once else 'one by one'}"
+            found[name] = dataclasses.replace(chosen, columns=part, warps=warps, stages=stages)
+        return chosen, found
+    if tiles.is_ragged(job.width, size) or job.width % 8:
+        # As many programs as the registers of sm_90 hold (Triton 3.6): layer norm has the bias as well, or its gradient.
+        one = job.op == "rms_norm"
+        if job.kind == "forward":
+            chosen = tiles.ragged_forward_blocks(job.width, size, 1 if one else 2, processors, shared)
+            residents = {4: 5 if one else 4, 8: 4 if one else 3, 16: 3 if one else 2}
+            cuts = [(warps, per, stages) for warps, per in residents.items() for stages in (1, 2)] + [(8, 2, 3), (8, 16, 1)]
+        else:
+            chosen = tiles.ragged_backward_blocks(job.width, size, 2, processors, shared)
+            cuts = [(4, 3 if one else 2, 2), (4, 2, 3), (8, 2, 1), (8, 2, 2), (8, 2, 3), (8, 1, 3), (16, 1, 2), (16, 1, 3)]
+            cuts += [(16, 2, 2)] if one and size == 4 else []
+        found = {"as it lies": lies, "chosen": chosen}
+        if job.width == 4097:
+            for warps, per, stages in cuts:
+                cut = dataclasses.replace(chosen, warps=warps, programs=per * processors, stages=stages)
+                if cut != chosen:
+                    found[f"{warps} warps ×{per}, {stages} stages"] = cut
+        return chosen, found
+    found = {
+        f"{rows} rows, {warps} warps": tiles.RowBlocks(rows, lies.columns, warps)
+        for rows, warps in itertools.product((1, 2, 4), (1, 2, 4, 8, 16, 32))
+        if 16 <= rows * lies.columns / (32 * warps) <= 64
     }
-    backwards = {backward} | {
-        RowBlocks(tile, columns, warps, min(per * processors, -(-rows // tile)), stages, reload)
-        for tile, warps, per, stages in itertools.product((1, 2, 4), (4, 8, 16), (1, 2, 4), (1, 3))
-        if 8 <= tile * columns / (32 * warps) <= 32
-        and 8 <= per * warps <= 24
-        and (stages - 1) * per * tile * columns * itemsize * (2 + reload) < shared - 8192
-    }
-    order = dataclasses.astuple
-    return {"forward": (forward, sorted(forwards, key=order)), "backward": (backward, sorted(backwards, key=order))}
+    return lies, found
 
 
-def sweep(op: str, rows: int, width: int, dtype: torch.dtype, device: torch.device, roof: float) -> Iterator[dict[str, Any]]:
-    """Device time of our kernels over tiles, forward and backward apart, weight gradients included."""
+def kernel_call(job: Sweep, xs: Sequence[Tensor], dys: Sequence[Tensor], w: Tensor, stats: Tensor, blocks: Any) -> Any:
+    """``call(i)`` launches the kernel with a tile, weight gradients included."""
     from oslo_fusion.triton import layer_norm as ln
     from oslo_fusion.triton import rms_norm as rms
-    from oslo_fusion.triton.rows import REGISTER_COLUMNS
 
-    xs = rotation(lambda: torch.randn(rows, width, device=device, dtype=dtype))
-    dys = rotation(lambda: torch.randn(rows, width, device=device, dtype=dtype))
-    w, stats = torch.randn(width, device=device, dtype=dtype), torch.rand(rows, device=device)
+    n = len(xs)
+    if job.op == "rms_norm":
+        if job.kind == "forward":
+            return lambda i: rms.launch_rms_norm(xs[i % n], w, None, EPS, 0.0, None, blocks)
+        return lambda i: rms.launch_rms_norm_backward(dys[i % n], None, xs[i % n], w, stats, 0.0, True, blocks)
+    if job.kind == "forward":
+        return lambda i: ln.launch_layer_norm(xs[i % n], w, w, None, EPS, 0.0, None, blocks)
+    return lambda i: ln.launch_layer_norm_backward(dys[i % n], None, xs[i % n], w, w, stats, stats, 0.0, True, True, blocks)
 
-    def one(kind: str, blocks: Any) -> Callable[[int], object]:
-        if op == "rms_norm":
-            if kind == "forward":
-                return lambda i: rms.launch_rms_norm(xs[i % len(xs)], w, None, EPS, 0.0, None, blocks)
-            return lambda i: rms.launch_rms_norm_backward(dys[i % len(dys)], None, xs[i % len(xs)], w, stats, 0.0, True, blocks)
-        if kind == "forward":
-            return lambda i: ln.launch_layer_norm(xs[i % len(xs)], w, w, None, EPS, 0.0, None, blocks)
-        return lambda i: ln.launch_layer_norm_backward(
-            dys[i % len(dys)], None, xs[i % len(xs)], w, w, stats, stats, 0.0, True, True, blocks
-        )
 
-    for kind, (chosen, options) in tiles(width, rows, dtype.itemsize, device).items():
-        if kind == "backward" and op == "layer_norm" and width > REGISTER_COLUMNS:
-            continue  # takes other kernels
-        calls = {}
-        for blocks in options:
-            call = one(kind, blocks)
+def check_candidates(job: Sweep, found: dict[str, Any], rows: int, device: torch.device) -> None:
+    """Every tile under the law, on so many rows. Raises before anything is timed."""
+    results: dict[str, list[list[Tensor]]] = {}
+    for seed in range(max(1, min(8, 2048 // job.width))):  # over few numbers the largest error is a matter of luck
+        draw = drawer(job.dtype, device, seed)
+        x, dy, w = draw(rows, job.width), draw(rows, job.width), draw(job.width)
+        stats = drawer(torch.float32, device, 100 + seed)(rows).abs() + 0.5
+        for name, dtype in (("theirs", job.dtype), ("exact", torch.float64)):
+            x_, dy_, w_ = (t.to(dtype) for t in (x, dy, w))
+            stats_ = stats.double() if dtype == torch.float64 else stats
+            if job.op == "rms_norm" and job.kind == "forward":
+                outputs = [rms_norm_reference(x_, w_, None, EPS, 0.0, None)[0]]
+            elif job.op == "rms_norm":
+                outputs = list(rms_norm_backward_reference(dy_, None, x_, w_, stats_, 0.0, True))
+            elif job.kind == "forward":
+                outputs = [layer_norm_reference(x_, w_, w_, None, EPS, 0.0, None)[0]]
+            else:
+                outputs = list(layer_norm_backward_reference(dy_, None, x_, w_, w_, stats_, stats_, 0.0, True, True))
+            results.setdefault(name, []).append(outputs)
+        for name, blocks in found.items():
             try:
-                call(0)
-            except Exception as error:  # a tile that does not fit this device is left out, and that is said
-                print(f"left out {blocks}: {type(error).__name__}: {str(error)[:80]}", file=sys.stderr)
+                outputs = kernel_call(job, [x], [dy], w, stats, blocks)(0)
+            except Exception as error:
+                if type(error).__name__ != "OutOfResources":  # triton's, for a tile that does not fit this device
+                    raise
                 continue
-            calls[str(blocks)] = call
-        times = device_times(calls, turns=3)
-        ranked = sorted(times.items(), key=lambda item: item[1])
-        mine = times[str(chosen)]
-        size = rows * width * dtype.itemsize * (2 if kind == "forward" else 3)
-        yield {
-            "op": op,
-            "mode": kind,
-            "rows": rows,
-            "width": width,
-            "dtype": str(dtype).removeprefix("torch."),
-            "chosen": str(chosen),
-            "chosen_us": round(mine, 2),
-            "chosen_percent_of_copy": round(100 * size / (mine * 1e-6) / roof, 1),
-            "all": {name: round(value, 2) for name, value in ranked},
-        }
+            wanted = outputs[:1] if job.kind == "forward" else outputs
+            results.setdefault(f"ours, {name}", []).append(list(wanted))
+    joined = {
+        name: [torch.cat([t.flatten() for t in same]) for same in zip(*draws, strict=True)] for name, draws in results.items()
+    }
+    for name in joined.keys() - {"theirs", "exact"}:
+        for what, mine, other, exact in zip("123", joined[name], joined["theirs"], joined["exact"], strict=False):
+            assert_close_to_reference(mine, other, exact, f"{job.name}, {name}, output {what}")
+
+
+def check_small(op: str, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Cut rows at a small odd width, where each of eight programs walks over several."""
+    from oslo_fusion.triton.rows import ragged_backward_blocks, ragged_forward_blocks
+
+    blocks = {
+        "forward": ragged_forward_blocks(width, dtype.itemsize, 1, 1, 65_536),
+        "backward": ragged_backward_blocks(width, dtype.itemsize, 2, 1, 65_536),
+    }
+    for kind, chosen in blocks.items():
+        found = {"cut": dataclasses.replace(chosen, programs=8)}
+        for rows in (37, 5):
+            check_candidates(Sweep(op, kind, rows, width, dtype), found, rows, device)
+
+
+def sweep(job: Sweep, device: torch.device, roof: float) -> Iterator[dict[str, Any]]:
+    """Device time of a kernel of ours over tiles."""
+    from oslo_fusion.triton.rows import device_facts
+
+    chosen, found = candidates(job, *device_facts(torch.empty(0, device=device)))
+    draw = functools.partial(torch.randn, job.rows, job.width, device=device, dtype=job.dtype)
+    xs, dys = rotation(draw), rotation(draw) if job.kind == "backward" else []
+    w, stats = torch.randn(job.width, device=device, dtype=job.dtype), torch.rand(job.rows, device=device)
+    calls = {}
+    for name, blocks in found.items():
+        call = kernel_call(job, xs, dys, w, stats, blocks)
+        try:
+            call(0)
+        except Exception as error:  # a tile that does not fit this device is left out, and that is said
+            print(f"left out {name}: {type(error).__name__}: {str(error)[:80]}", file=sys.stderr)
+            continue
+        calls[name] = call
+    times = device_times(calls, turns=5)
+    size = job.rows * job.width * job.dtype.itemsize * (2 if job.kind == "forward" else 3)
+    mine = next(name for name, blocks in found.items() if blocks == chosen)
+    yield {
+        "op": job.op,
+        "mode": job.kind,
+        "rows": job.rows,
+        "width": job.width,
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "chosen": str(chosen),
+        "chosen_us": round(times[mine], 2),
+        "chosen_percent_of_copy": round(100 * size / (times[mine] * 1e-6) / roof, 1),
+        "predicted_percent_of_copy": job.predicted,
+        "all": {name: round(value, 2) for name, value in sorted(times.items(), key=lambda item: item[1])},
+    }
 
 
 def line(row: dict[str, Any]) -> str:
     """One row of the table."""
     head = f"{row['op']:10} {row['mode']:16} {row['rows']:6}×{row['width']:<6}{row['dtype']:9}"
     if "chosen" in row:
-        best, fastest = next(iter(row["all"].items()))
-        mine = row["chosen"].removeprefix("RowBlocks")
-        share = row["chosen_percent_of_copy"]
-        return f"{head}{row['chosen_us']:9.1f} µs {share:5.1f}% {mine}  best {fastest:.1f} {best.removeprefix('RowBlocks')}"
+        share, predicted = row["chosen_percent_of_copy"], row["predicted_percent_of_copy"]
+        expected = f" (predicted {predicted:.0f})" if predicted else ""
+        tiles = "  ".join(f"{name}: {value:.1f}" for name, value in row["all"].items())
+        return f"{head}{row['chosen_us']:9.1f} µs {share:5.1f}%{expected} | {tiles}"
     times = "  ".join(f"{name} {value:7.1f}" for name, value in row["device_us"].items())
     share, factor = row["percent_of_copy"]["ours"], row["against_best_peer"]
     host = f"  host {row['host_us']}" if row["host_us"] else ""
@@ -266,6 +407,98 @@ def dry() -> None:
         print(f"{op} {width} {dtype}: checked {', '.join(calls)}")
 
 
+def prepare(job: Sweep | tuple[str, int, int, torch.dtype] | tuple[str, int, torch.dtype], device: torch.device) -> None:
+    """Compile and check what a job needs, so that it finds that in the caches."""
+    from oslo_fusion.triton.rows import device_facts
+
+    if isinstance(job, Sweep):
+        facts = device_facts(torch.empty(0, device=device))
+        _, found = candidates(job, *facts)
+        programs = max((blocks.programs for blocks in found.values() if blocks.ragged), default=0)
+        check_candidates(job, found, max(programs, facts[0]) + 37, device)
+    elif len(job) == 3:
+        check_small(*job, device)
+    else:
+        op, rows, width, dtype = job
+        torch._dynamo.reset()
+        calls = providers(op, width, compiled=True)
+        check(op, calls, width, dtype, device)
+        x = torch.randn(rows, width, device=device, dtype=dtype)
+        parameters = [torch.randn(width, device=device, dtype=dtype) for _ in range(1 if op == "rms_norm" else 2)]
+        for name in ("ours", "compile", "liger"):
+            if name in calls:
+                with torch.no_grad():
+                    calls[name](x, *parameters)
+                leaves = [t.detach().requires_grad_() for t in (x, *parameters)]
+                torch.autograd.grad(calls[name](*leaves), leaves, x)
+
+
+def prepare_apart(arguments: Sequence[str], count: int) -> tuple[bool, set[str]]:
+    """Run :func:`prepare` for ``count`` jobs in processes of their own.
+
+    Returns:
+        Whether all of them came to their end (if not, not everything is checked yet), and the jobs whose check failed.
+    """
+    begin, workers = time.perf_counter(), min(WORKERS, count)
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.norms", *arguments, "--worker"]
+    complete, red = True, set()
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / str(number) for number in range(workers)]
+        running = []
+        for number, log in enumerate(logs):
+            with log.open("w") as file:
+                running.append(
+                    subprocess.Popen([*command, f"{number}/{workers}"], stdout=file, stderr=subprocess.STDOUT, env=environment)
+                )
+        for process, log in zip(running, logs, strict=True):
+            try:
+                code = process.wait(max(1.0, WORKER_SECONDS - (time.perf_counter() - begin)))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                code = NOT_ALL
+                print(f"a process that compiles took longer than {WORKER_SECONDS:.0f} s: what it left is done later")
+            text = log.read_text()
+            found = {line.removeprefix(RED) for line in text.splitlines() if line.startswith(RED)}
+            if code not in (0, NOT_ALL) and not found:
+                found = {"a process that compiles and checks ended before it was done"}
+            if found:
+                print(text[-3000:])
+            red |= found
+            complete = complete and code != NOT_ALL
+    print(f"compiled and checked in {workers} processes: {time.perf_counter() - begin:.0f} s", flush=True)
+    return complete, red
+
+
+def name_of(job: Sweep | tuple[Any, ...]) -> str:
+    """A job as it is called in what is printed."""
+    return job.name if isinstance(job, Sweep) else " ".join(map(str, job))
+
+
+def work(jobs: Sequence[Any], device: torch.device) -> int:
+    """What a process of :func:`prepare_apart` does; its exit code."""
+    code = 0
+    for job in jobs:
+        try:
+            prepare(job, device)
+        except torch.OutOfMemoryError:  # beside the other processes; the one that times is alone
+            code = code or NOT_ALL
+        except AssertionError as error:
+            print(f"{error}\n{RED}{name_of(job)}", flush=True)
+            code = 1
+    return code
+
+
+def earlier(path: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier run on this kind of device, of this commit; none if it is another's."""
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text(encoding="utf-8"))
+    same = record["device"] == torch.cuda.get_device_name() and record["commit"] == commit()
+    return list(record["results"]) if same else []
+
+
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -273,26 +506,67 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="time tiles of our own kernels")
     parser.add_argument("--dry", action="store_true", help="run the checks on the CPU and time nothing")
     parser.add_argument("--op", choices=("rms_norm", "layer_norm"), action="append", help="only this one")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows that --out has of this commit, and measure the others"
+    )
     parser.add_argument("--seconds", type=float, default=300.0, help="start no shape after this long; what is left out is said")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.dry:
         dry()
         return
     device = need_gpu("benchmarks.norms")
+    begin = time.perf_counter()
+    ops = options.op or ["rms_norm", "layer_norm"]
+    paths = (
+        {}
+        if options.out is None
+        else {op: options.out / f"{op}{'_sweep' if options.sweep else ''}-{slug()}.json" for op in ops}
+    )
+    kept = [row for path in paths.values() for row in earlier(path)] if options.resume else []
+    there = {(row["op"], row["rows"], row["width"], f"torch.{row['dtype']}") for row in kept}
+    if options.sweep:
+        todo: list[Any] = [job for job in SWEEPS if job.op in ops]
+    else:
+        todo = [
+            (op, rows, width, dtype)
+            for (rows, width), op, dtype in itertools.product(SHAPES, ops, (_HALF, _FULL))
+            if (op, rows, width, str(dtype)) not in there
+        ]
+    checks = [*todo, *(small for small in SMALL if small[0] in ops)] if options.sweep else todo
+    if options.worker:
+        number, workers = map(int, options.worker.split("/"))
+        raise SystemExit(work(checks[number::workers], device))
+    arguments = [word for op in ops for word in ("--op", op)]
+    arguments += ["--sweep"] if options.sweep else []
+    if options.out is not None and options.resume:
+        arguments += ["--out", str(options.out), "--resume"]
+    complete, red = prepare_apart(arguments, len(checks)) if checks else (True, set())
+    if red and not options.sweep:
+        raise SystemExit("red, and nothing is timed: " + ", ".join(sorted(red)))
+    if not complete and options.sweep:  # a table's rows are checked again anyway, before they are timed
+        for job in checks:
+            prepare(job, device)
+    todo = [job for job in todo if name_of(job) not in red]
     roof = copy_bandwidth(device)
     print(f"{torch.cuda.get_device_name()}: copy {roof / 1e12:.2f} TB/s")
-    shapes, work = (SWEEP_SHAPES, sweep) if options.sweep else (SHAPES, measure)
-    ops = options.op or ("rms_norm", "layer_norm")
     jobs = (
-        (f"{op} {rows}×{width} {dtype}", functools.partial(work, op, rows, width, dtype, device, roof))
-        for (rows, width), op, dtype in itertools.product(shapes, ops, (torch.bfloat16, torch.float32))
+        (
+            name_of(job),
+            functools.partial(sweep, job, device, roof) if options.sweep else functools.partial(measure, *job, device, roof),
+        )
+        for job in todo
     )
-    results, left_out = within(options.seconds, jobs, line)
-    if options.out is not None:
-        for op in ops:
-            rows = [row for row in results if row["op"] == op]
-            missing = [job for job in left_out if job.startswith(op)]
-            write(options.out / f"{op}{'_sweep' if options.sweep else ''}-{slug()}.json", roof, rows, missing)
+    results, left_out = within(options.seconds - (time.perf_counter() - begin), jobs, line)
+    print(f"{time.perf_counter() - begin:.0f} s in all")
+    for op, path in paths.items():
+        rows = sorted(
+            (row for row in (*kept, *results) if row["op"] == op),
+            key=lambda row: (row["rows"] != 8, -row["rows"], row["width"], row["dtype"]),
+        )
+        write(path, roof, rows, [job for job in left_out if job.startswith(op)])
+    if red:
+        raise SystemExit("red, and not timed: " + ", ".join(sorted(red)))
 
 
 if __name__ == "__main__":

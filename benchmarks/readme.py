@@ -35,6 +35,10 @@ COLOURS = {
     "compile reduce-overhead": "#bcd2c7",
     "oslo_fusion": "#d1495b",
 }
+ALTERNATIVES = {
+    "training.png": "tokens per second over peak memory of training steps, ours beside others",
+    "kernels.png": "kernels against the bandwidth of a copy, ours beside others",
+}
 TITLES = {"forward": "Forward", "training": "Training step"}
 _DIGEST = "Source"  # the PNG's text entry that names the results it was drawn from
 
@@ -64,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         parts = tables.sections(others, link)
         panels = {parsed.results / name: bars for name, bars in tables.pictures(others).items()}
-        parts = [*(f"![{path.stem}, ours beside others]({link(path)})" for path in panels), *parts]
+        parts = [*(f"![{ALTERNATIVES[path.name]}]({link(path)})" for path in panels), *parts]
         body = region(results, link(picture)) if results or not parts else ""
         wanted = insert(text, "\n\n".join(filter(None, (body, *parts))), parsed.readme)
         digests = {path: digest([vars(bar) for bar in bars]) for path, bars in panels.items()}
@@ -130,7 +134,7 @@ def region(results: list[dict[str, Any]], picture: str) -> str:
         for mode in TITLES:
             sections = [s for s in result["sections"] if s["workload"]["mode"] == mode]
             if sections:
-                parts += [f"**{TITLES[mode]}, {_shape(sections[0])}**", _table(sections)]
+                parts += [f"**{_title(mode, sections)}, {_shape(sections[0])}**", _table(sections)]
                 sentence = _sentence(mode, sections)
                 parts += [sentence] if sentence else []
         profiled = _profiles(result["sections"])
@@ -154,6 +158,11 @@ def _shape(section: dict[str, Any]) -> str:
     load = section["workload"]
     size = "" if load["size"] == "full" else f" ({load['size']})"
     return f"GPT-2{size}, {load['batch']} × {load['seq']} tokens"
+
+
+def _title(mode: str, sections: list[dict[str, Any]]) -> str:
+    compiled = any(section.get("config", {}).get("memory_efficient_fusion") for section in sections)
+    return TITLES[mode] + (" with `memory_efficient_fusion`" if compiled else "")
 
 
 def _table(sections: list[dict[str, Any]]) -> str:
@@ -237,7 +246,7 @@ def _sentence(mode: str, sections: list[dict[str, Any]]) -> str:
         phrases.append(phrase)
     if not phrases:
         return ""
-    return f"{TITLES[mode]}, speed of oslo_fusion: " + "; ".join(phrases) + "."
+    return f"{_title(mode, sections)}, speed of oslo_fusion: " + "; ".join(phrases) + "."
 
 
 def _times(theirs: float, ours: float) -> str:
@@ -305,7 +314,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             sections = [s for s in result["sections"] if s["workload"]["mode"] == mode]
             handles.update(_panel(axes, sections))
             shape = f": {_shape(sections[0])}" if sections else ""
-            axes.set_title(f"{TITLES[mode]}{shape}\n{result['device']['name']}", fontsize=10, loc="left")
+            axes.set_title(f"{_title(mode, sections)}{shape}\n{result['device']['name']}", fontsize=10, loc="left")
+            axes.set_visible(bool(sections))
     labels = [name for name in NAMES if name in handles]
     figure.legend(
         [handles[name] for name in labels],

@@ -18,20 +18,33 @@ MODES = ("forward", "forward+backward")
 LEVEL = 0.98  # as oslo_fusion.plan.WINNING_FRACTION: closer than this is a tie
 OURS = "ours"
 VERSIONS = ("torch", "triton", "transformers", "liger-kernel", "python")
-MODELS = {"t5": "T5-base", "llama": "Llama 1.24B"}
+MODELS = {"t5": "T5-base", "llama": "Llama 1.24B", "gpt2": "GPT-2 124M"}
 PROFILED = {"device_ms": 1, "host_ms": 1, "launches": 0}  # of a profile, and how many digits
+PROFILE_HEADINGS = {"device_ms": "kernels ms", "host_ms": "host ms", "launches": "launches"}
 COLOURS = {
-    "eager": "#8d99ae",
     "best peer": "#8d99ae",
     OURS: "#d1495b",
-    "oslo_fusion kernels": "#d1495b",
-    "oslo_fusion kernels and loss": "#9b2335",
-    "oslo_fusion": "#e9a6ad",
-    "oslo_fusion memory-efficient": "#6a0f21",
-    "oslo_fusion memory-efficient at 0": "#b56576",
+    "eager": "#8d99ae",
+    "eager checkpointing": "#8d99ae",
     "compile": "#5c7fa3",
-    "liger kernels": "#5b8e7d",
-    "liger": "#bcd2c7",
+    "liger kernels": "#bcd2c7",
+    "liger": "#5b8e7d",
+    "liger compile": "#2f6f8f",
+    "liger checkpointing": "#5b8e7d",
+    "oslo_fusion kernels": "#e9a6ad",
+    "oslo_fusion kernels and loss": "#b56576",
+    "oslo_fusion": "#f2c078",
+    "oslo_fusion memory-efficient checkpointing": "#6a0f21",
+}
+DIAL = "oslo_fusion memory-efficient"  # the provider with activation_memory_budget 1; " at 0.5" is the same with another
+DIAL_COLOUR = "#d1495b"
+HOLLOW = "checkpointing"  # is drawn as a ring
+LOSS_NAMES = {
+    "ours": "oslo_fusion",
+    "ours half": "oslo_fusion, sum in bf16",
+    "compile": "torch.compile",
+    "liger": "Liger",
+    "liger float32": "Liger, sum in fp32",
 }
 
 Data = Mapping[str, Any]
@@ -57,7 +70,7 @@ def load(directory: Path) -> list[Result]:
         BadResult: a file is no JSON object.
     """
     found = []
-    for kind in (*KERNELS, "rms_norm_steps", "no_repeat_ngram", "training", "sanitizer"):
+    for kind in (*KERNELS, "linear_cross_entropy", "rms_norm_steps", "no_repeat_ngram", "training", "distributed", "sanitizer"):
         for path in sorted(directory.glob(f"{kind}-*.json")):
             remedy = f"Remedy: run benchmarks.{kind} again, or remove the file."
             try:
@@ -82,6 +95,8 @@ def sections(results: Sequence[Result], link: Callable[[Path], str]) -> list[str
     """
     makers = (
         (("training",), _training),
+        (("distributed",), _distributed),
+        (("linear_cross_entropy",), _losses),
         (KERNELS, _kernels),
         (("no_repeat_ngram",), _bans),
         (("rms_norm_steps",), _steps),
@@ -125,7 +140,8 @@ def _provenance(result: Result, link: Callable[[Path], str]) -> str:
         pieces.insert(0, f"driver {facts['driver']}")
     if facts["commit"] and facts["commit"] != "unknown":
         pieces.append(f"commit `{facts['commit'][:10]}`")
-    return f"[{result.path.name}]({link(result.path)}): one {facts['device']}, {', '.join(pieces)}"
+    count = {1: "one", 2: "two"}[result.data.get("world", 1)]
+    return f"[{result.path.name}]({link(result.path)}): {count} {facts['device']}, {', '.join(pieces)}"
 
 
 def _all_provenances(results: Sequence[Result], link: Callable[[Path], str]) -> str:
@@ -321,63 +337,172 @@ def _bans(results: Sequence[Result], link: Callable[[Path], str]) -> list[str]:
 
 
 def _training(results: Sequence[Result], link: Callable[[Path], str]) -> list[str]:
-    headings = ["model", "provider", "median ms", "P90 ms", "× eager", "kernels ms", "host ms", "launches"]
-    headings += ["peak GiB", "first step s", "% of roof"]
     parts = []
     for result in results:
+        sections = result.data["sections"]
+        profiled = PROFILED if any(row.get("profile") for section in sections for row in section["rows"]) else {}
+        headings = ["model", "provider", "median ms", "P90 ms", "× eager", *(PROFILE_HEADINGS[key] for key in profiled)]
+        headings += ["peak GiB", "initialize s", "first step s", "% of roof"]
         rows, notes = [], []
-        for section in result.data["sections"]:
-            load = section["workload"]
-            seq = f"{load['seq']} + {load['seq']}" if load["model"].startswith("t5") else str(load["seq"])
-            size = "" if load["size"] == "full" else f" ({load['size']})"
-            label = f"{MODELS.get(load['model'], load['model'])}{size}, {load['batch']} × {seq}"
-            rows += [[label, *_training_cells(row, section["error"])] for row in section["rows"]]
-            notes += [_fused(label, row) for row in section["rows"] if row.get("fusion")]
-            notes += [
-                f"The gradients of {row['provider']} on {label} are outside the law: {row['check']['found']}."
-                for row in section["rows"]
-                if "check" in row and not row["check"]["green"]
-            ]
+        for section in sections:
+            label = _model(section)
+            for row in section["rows"]:
+                cells = _training_cells(row, section["error"], profiled)
+                rows.append([label, *cells, *[""] * (len(headings) - 1 - len(cells))])
+            notes += _fused(label, section["rows"])
+            for row in section["rows"]:
+                green = row.get("check", {}).get("green", True)
+                if green is False:
+                    notes.append(f"The gradients of {row['provider']} on {label} are outside the law: {row['check']['found']}.")
+                elif green is None:
+                    notes.append(f"The gradients of {row['provider']} on {label} were not compared.")
         parts += [
-            "**Training step with kernels alone**, bfloat16, fused AdamW, no compiler",
+            "**Training step**, bfloat16, fused AdamW",
             _grid(headings, 2, rows),
-            "Wall clock with a synchronize per step; every provider in a process of its own, timed in turn. *Kernels* is the "
-            "sum of kernel times, *host* the time until the step's call returns. *Roof*: 6 · parameters · tokens over the rate "
-            "of one large matrix product in the same run. *liger kernels* is Liger without its fused linear cross entropy, "
-            "like with like; *liger* has it. Losses and gradients were compared before. " + " ".join(notes),
-            _all_provenances([result], link),
+            " ".join((*_training_legend(sections, bool(profiled)), *notes)),
+            _training_provenance(result, link),
         ]
     return parts
 
 
-def _training_cells(row: Data, error: str | None) -> list[str]:
-    name, empty = row["provider"], [""] * 9
+def _training_legend(sections: Sequence[Data], profiled: bool) -> Iterator[str]:
+    yield "Wall clock with a synchronize per step; every provider in a process of its own, timed in turn."
+    yield "*Initialize*: what oslo_fusion plans and proves before; *first step*: the first that was finished, with compilation."
+    cold = dict.fromkeys(row["provider"] for section in sections for row in section["rows"] if row.get("cold"))
+    if cold:
+        yield f"All caches were empty for {', '.join(cold)}; the others had what these left."
+    if profiled:
+        yield "*Kernels* is the sum of kernel times, *host* the time until the step's call returns."
+    yield "*Roof*: 6 · parameters · tokens over the rate of one large matrix product in the same run."
+    yield "*liger* has its fused linear cross entropy, *liger kernels* not."
+    if any(row["provider"].startswith(DIAL) for section in sections for row in section["rows"]):
+        yield "*memory-efficient*: `memory_efficient_fusion` and the fused loss, *at* this `activation_memory_budget`, else 1."
+    yield "Losses and gradients were compared before."
+
+
+def _model(section: Data) -> str:
+    load = section["workload"]
+    seq = f"{load['seq']} + {load['seq']}" if load["model"].startswith("t5") else str(load["seq"])
+    size = "" if load["size"] == "full" else f" ({load['size']})"
+    return f"{MODELS.get(load['model'], load['model'])}{size}, {load['batch']} × {seq}"
+
+
+def _training_provenance(result: Result, link: Callable[[Path], str]) -> str:
+    """A merged file's sections may be from several commits."""
+    commits = dict.fromkeys(section.get("commit", result.data["commit"])["id"] for section in result.data["sections"])
+    text = _all_provenances([result], link)
+    others = [commit for commit in commits if commit and commit != result.data["commit"]["id"]]
+    if others:
+        text = f"{text[:-1]}; some models at commit {', '.join(f'`{commit[:10]}`' for commit in others)}."
+    return text
+
+
+def _training_cells(row: Data, error: str | None, profiled: Mapping[str, int]) -> list[str]:
+    name = row["provider"]
     if row.get("absent") or row.get("error"):
-        return [f"{name}: {_cell(row['absent'] or row['error'])}", *empty]
+        return [f"{name}: {_cell(row['absent'] or row['error'])}"]
     if "median_s" not in row:
-        return [f"{name}: not timed: {_cell(error or 'no round was run')}", *empty]
+        return [f"{name}: not timed: {_cell(error or 'no round was run')}"]
     profile = row.get("profile")
     cells = [
         name,
         f"{row['median_s'] * 1e3:.1f}",
         f"{row['p90_s'] * 1e3:.1f}",
         f"{row['speedup']:.2f}" if "speedup" in row else "–",
-        *(f"{profile[key]:.{digits}f}" if profile else "–" for key, digits in PROFILED.items()),
+        *(f"{profile[key]:.{digits}f}" if profile else "–" for key, digits in profiled.items()),
         "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}",
-        f"{row['prepare_s'] + row['first_step_s']:.1f}",
+        f"{row['prepare_s']:.1f}",
+        f"{row['first_step_s']:.1f}",
         f"{row['percent_of_roof']:.0f}",
     ]
     return [f"**{cell}**" for cell in cells] if name.startswith("oslo_fusion") else cells
 
 
-def _fused(label: str, row: Data) -> str:
-    fused = ", ".join(f"{count} × {kind}" for kind, count in row["fusion"]["fused"].items()) or "nothing"
-    return f"{row['provider']} fused in {label}: {fused}."
+def _fused(label: str, rows: Sequence[Data]) -> list[str]:
+    """What was fused and compiled, once for all providers in which it is the same."""
+    said: dict[str, list[str]] = {}
+    for row in rows:
+        if not row.get("fusion"):
+            continue
+        text = ", ".join(f"{count} × {kind}" for kind, count in row["fusion"]["fused"].items()) or "nothing"
+        compiled = row["fusion"].get("compiled")
+        if compiled:
+            text += f" ({compiled['graphs']} graphs, {len(compiled['breaks'])} breaks, {compiled['recompiles']} recompiles)"
+        said.setdefault(text, []).append(row["provider"])
+    return [f"Fused in {label} by {', '.join(names)}: {text}." for text, names in said.items()]
 
 
 def _cell(text: str) -> str:
     line = " ".join(text.replace("|", "/").split())
     return line if len(line) <= 120 else line[:117] + "..."
+
+
+# --- several GPUs -------------------------------------------------------------------------------------------------------------
+
+
+def _distributed(results: Sequence[Result], link: Callable[[Path], str]) -> list[str]:
+    parts = []
+    for result in results:
+        model, rows = result.data["model"], []
+        for section in result.data["sections"]:
+            if section["error"]:
+                rows.append([f"{section['way']}: {_cell(section['error'])}", *[""] * 8])
+            rows += [[section["way"], *_distributed_cells(row)] for row in section["rows"]]
+        headings = ["parallelism", "provider", "median ms", "P90 ms", "× eager", "peak GiB per GPU", "first step s"]
+        parts += [
+            f"**Training step on two GPUs**, {model['dtype']}, {result.data['backend'].upper()}, fused AdamW",
+            _grid([*headings, "graphs", "breaks, recompiles"], 2, rows),
+            f"A Llama with {model['sizes']['num_hidden_layers']} layers, {model['sizes']['hidden_size']} wide, "
+            f"{model['batch']} × {model['seq']} tokens for both together; ours with `memory_efficient_fusion: true` and "
+            "nothing else. Loss and gradients, gathered from both, were compared with float32 before. "
+            + _all_provenances([result], link),
+        ]
+    return parts
+
+
+def _distributed_cells(row: Data) -> list[str]:
+    compiled = row.get("compiled")
+    return [
+        row["provider"],
+        f"{row['median_s'] * 1e3:.1f}",
+        f"{row['p90_s'] * 1e3:.1f}",
+        f"{row['speedup']:.2f}",
+        "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}",
+        f"{row['prepare_s'] + row['first_step_s']:.1f}",
+        "–" if compiled is None else str(compiled["graphs"]),
+        "–" if compiled is None else f"{len(compiled['breaks'])}, {compiled['recompiles']}",
+    ]
+
+
+# --- head and loss ------------------------------------------------------------------------------------------------------------
+
+
+def _losses(results: Sequence[Result], link: Callable[[Path], str]) -> list[str]:
+    names = list(dict.fromkeys(name for result in results for row in result.data["results"] for name in row["ms"]))
+    names.sort(key=lambda name: not name.startswith(OURS))
+    rows, sentences = [], []
+    for result in results:
+        for row in result.data["results"]:
+            labelled = "" if row["labelled"] == row["tokens"] else f", {row['labelled']} with a label"
+            cells = [f"{row['shape']}: {row['tokens']} × {row['dim']} × {row['vocab']}{labelled}", SHORT[row["dtype"]]]
+            for name in names:
+                found = f"{row['ms'][name]:.1f} / {row['peak_mib'][name]:.0f}" if name in row["ms"] else "–"
+                cells.append(f"**{found}**" if name == OURS else found)
+            rows.append([*cells, f"{row['percent_of_matmul_rate'][OURS]:.0f}"])
+            slower = {name: ms for name, ms in row["ms"].items() if ms < LEVEL * row["ms"][OURS] and not name.startswith(OURS)}
+            if slower:
+                best = min(slower, key=lambda name: slower[name])
+                factor = row["ms"][OURS] / slower[best]
+                sentences.append(f"{row['shape']}: {LOSS_NAMES.get(best, best)} is {factor:.2f} times as fast as oslo_fusion.")
+    headings = ["tokens × width × words", "dtype", *(f"{LOSS_NAMES.get(name, name)}: ms / MiB" for name in names)]
+    return [
+        "**Head and loss**, forward and backward",
+        _grid([*headings, "oslo_fusion: % of matmul rate"], 2, rows),
+        "MiB: the peak above what was there before, gradients included. The last column is what the matrix products of the "
+        "labelled rows would take at the rate of one large product, measured in the same run, over the whole time. "
+        + " ".join(sentences),
+        _all_provenances(results, link),
+    ]
 
 
 # --- the sanitizer ------------------------------------------------------------------------------------------------------------
@@ -416,9 +541,20 @@ class Bars:
     series: dict[str, list[float | None]]
 
 
-def pictures(results: Sequence[Result]) -> dict[str, list[Bars]]:
-    """What is drawn, by file name: training steps, and kernels against the copy."""
-    found: dict[str, list[Bars]] = {}
+@dataclass(frozen=True)
+class Spots:
+    """A panel of speed over memory: a spot per provider at (GiB, tokens per second)."""
+
+    title: str
+    spots: dict[str, tuple[float, float]]
+
+
+Panel = Bars | Spots
+
+
+def pictures(results: Sequence[Result]) -> dict[str, Sequence[Panel]]:
+    """What is drawn, by file name: training's speed over its memory, and kernels against the copy."""
+    found: dict[str, Sequence[Panel]] = {}
     training = [panel for result in results if result.kind == "training" for panel in _training_panels(result)]
     kernels = [panel for mode in MODES for panel in _kernel_panel([r for r in results if r.kind in KERNELS], mode)]
     if training:
@@ -428,13 +564,23 @@ def pictures(results: Sequence[Result]) -> dict[str, list[Bars]]:
     return found
 
 
-def _training_panels(result: Result) -> Iterator[Bars]:
+def _training_panels(result: Result) -> Iterator[Spots]:
     for section in result.data["sections"]:
-        timed = {row["provider"]: row["median_s"] * 1e3 for row in section["rows"] if "median_s" in row}
-        if timed:
-            name = MODELS.get(section["workload"]["model"], section["workload"]["model"])
-            series: dict[str, list[float | None]] = {provider: [ms] for provider, ms in timed.items()}
-            yield Bars(f"{name}: training step", "ms (median)", [""], series)
+        load = section["workload"]
+        spots = {
+            row["provider"]: (row["peak_bytes"] / 2**30, load["batch"] * load["seq"] / row["median_s"])
+            for row in section["rows"]
+            if "median_s" in row and row["peak_bytes"] is not None
+        }
+        if spots:
+            yield Spots(f"{_model(section)}: training step", spots)
+
+
+def budget_of(provider: str) -> float | None:
+    """The ``activation_memory_budget`` of a provider on the dial, else None."""
+    if provider == DIAL:
+        return 1.0
+    return float(provider.removeprefix(f"{DIAL} at ")) if provider.startswith(f"{DIAL} at ") else None
 
 
 def _kernel_panel(results: Sequence[Result], mode: str) -> Iterator[Bars]:
@@ -454,31 +600,64 @@ def _kernel_panel(results: Sequence[Result], mode: str) -> Iterator[Bars]:
         yield Bars(mode.replace("+", " + "), "% of copy bandwidth", labels, {"best peer": peers, "ours": ours})
 
 
-def draw(panels: Sequence[Bars], path: Path, metadata: Mapping[str, str]) -> None:
+def draw(panels: Sequence[Panel], path: Path, metadata: Mapping[str, str]) -> None:
     """Draw the panels, side by side if their groups are few, else one below the other. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    wide = max(len(panel.labels) for panel in panels) > 4
-    rows, columns = (len(panels), 1) if wide else (1, len(panels))
-    size = (max(8.0, 0.75 * max(len(p.labels) for p in panels)), 3.2 * rows) if wide else (5.0 * columns, 3.7)
+    wide = max((len(panel.labels) for panel in panels if isinstance(panel, Bars)), default=0)
+    rows, columns = (len(panels), 1) if wide > 4 else (1, len(panels))
+    size = (max(8.0, 0.75 * wide), 3.2 * rows) if wide > 4 else (4.6 * columns, 3.7)
+    if isinstance(panels[0], Spots):
+        size = (4.2 * columns, 4.8)
     figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axes, panel in zip(grid.flat, panels, strict=True):
-        width = 0.84 / len(panel.series)
-        for number, (name, heights) in enumerate(panel.series.items()):
-            places = [group + (number - (len(panel.series) - 1) / 2) * width for group in range(len(panel.labels))]
-            kept = [(place, height) for place, height in zip(places, heights, strict=True) if height is not None]
-            colour = COLOURS.get(name, "#457b9d")
-            axes.bar([p for p, _ in kept], [h for _, h in kept], width * 0.94, color=colour, label=name)
-            for place, height in kept:
-                axes.text(place, height, f"{height:.3g}", ha="center", va="bottom", fontsize=7)
-        axes.set_xticks(range(len(panel.labels)), panel.labels, fontsize=7)
-        axes.set_ylabel(panel.unit)
+        if isinstance(panel, Bars):
+            _draw_bars(axes, panel, 4 if wide > 4 else 2)
+        else:
+            _draw_spots(axes, panel)
         axes.set_title(panel.title, fontsize=10, loc="left")
-        axes.set_ylim(0, 1.25 * max(height or 0.0 for heights in panel.series.values() for height in heights))
-        axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=4 if wide else 2)
         axes.spines[["top", "right"]].set_visible(False)
+    if isinstance(panels[0], Spots):
+        found = [axes.get_legend_handles_labels() for axes in grid.flat]
+        handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
+        figure.legend(
+            handles.values(), handles, loc="outside lower center", ncols=min(4, 2 * columns), frameon=False, fontsize=8
+        )
     figure.savefig(path, dpi=130, metadata=dict(metadata))
     pyplot.close(figure)
+
+
+def _draw_bars(axes: Any, panel: Bars, columns: int) -> None:
+    width = 0.84 / len(panel.series)
+    for number, (name, heights) in enumerate(panel.series.items()):
+        places = [group + (number - (len(panel.series) - 1) / 2) * width for group in range(len(panel.labels))]
+        kept = [(place, height) for place, height in zip(places, heights, strict=True) if height is not None]
+        axes.bar([p for p, _ in kept], [h for _, h in kept], width * 0.94, color=COLOURS.get(name, "#457b9d"), label=name)
+        for place, height in kept:
+            axes.text(place, height, f"{height:.3g}", ha="center", va="bottom", fontsize=7)
+    axes.set_xticks(range(len(panel.labels)), panel.labels, fontsize=7)
+    axes.set_ylabel(panel.unit)
+    axes.set_ylim(0, 1.25 * max(height or 0.0 for heights in panel.series.values() for height in heights))
+    axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=columns)
+
+
+def _draw_spots(axes: Any, panel: Spots) -> None:
+    for name, place in panel.spots.items():
+        if budget_of(name) is not None:
+            continue
+        colour = COLOURS.get(name, "#457b9d")
+        face = "white" if name.endswith(HOLLOW) else colour
+        axes.scatter(*place, s=48, color=face, edgecolors=colour, linewidths=1.6, label=name, zorder=2)
+    dial = sorted((budget, panel.spots[name]) for name in panel.spots if (budget := budget_of(name)) is not None)
+    if dial:
+        label = f"{DIAL}, by activation_memory_budget"
+        axes.plot(*zip(*(place for _, place in dial), strict=True), "D-", color=DIAL_COLOUR, lw=1, ms=6, label=label, zorder=3)
+    for budget, place in dial:
+        axes.annotate(f"{budget:g}", place, xytext=(4, 5), textcoords="offset points", fontsize=8, color=DIAL_COLOUR)
+    axes.set_xlim(0, 1.08 * max(gib for gib, _ in panel.spots.values()))
+    axes.set_ylim(0, 1.1 * max(speed for _, speed in panel.spots.values()))
+    axes.set_xlabel("peak GiB")
+    axes.set_ylabel("tokens per second")

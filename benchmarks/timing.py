@@ -25,12 +25,14 @@ from torch import Tensor
 ROTATION_BYTES = 256 << 20  # several times the 50 MB of an H200's L2
 BURST = 10
 TURNS = 7
+SLOW = 4e-3  # seconds; a slower call is repeated three times in a burst
 
 
 def device_times(calls: dict[str, Callable[[int], object]], burst: int = BURST, turns: int = TURNS) -> dict[str, float]:
     """Median device µs of one call. Each function takes the number of the input to use; providers take turns."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    pauses = {}
+    pauses: dict[str, int] = {}
+    bursts: dict[str, int] = {}
     for name, call in calls.items():
         for i in range(3):
             call(i)
@@ -38,20 +40,23 @@ def device_times(calls: dict[str, Callable[[int], object]], burst: int = BURST, 
         begin = time.perf_counter()
         for i in range(3):
             call(i)
+        queued = (time.perf_counter() - begin) / 3
         torch.cuda.synchronize()
-        # Cycles for which the device is kept busy while the host queues a burst, at up to two a nanosecond: where the host is
-        # the slower of the two, its time would be taken for the device's.
-        pauses[name] = int(2e9 * 3 * burst * (time.perf_counter() - begin) / 3)
+        # A burst is there to make the events small beside what they time; three slow calls are as good.
+        bursts[name] = burst if (time.perf_counter() - begin) / 3 < SLOW else min(burst, 3)
+        # Cycles for which the device is kept busy while the host queues a burst, at up to two a nanosecond, three times over:
+        # where the host is the slower of the two, its time would be taken for the device's.
+        pauses[name] = int(2e9 * 3 * bursts[name] * queued)
     for _ in range(turns):
         for name, call in calls.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda._sleep(pauses[name])
             start.record()
-            for i in range(burst):
+            for i in range(bursts[name]):
                 call(i)
             end.record()
             end.synchronize()
-            samples[name].append(start.elapsed_time(end) * 1e3 / burst)
+            samples[name].append(start.elapsed_time(end) * 1e3 / bursts[name])
     return {name: statistics.median(times) for name, times in samples.items()}
 
 

@@ -1,19 +1,29 @@
-"""Whole training steps with custom kernels alone, no compiler: eager, ours, and Liger with and without its fused loss.
+"""Whole training steps: eager, torch.compile, Liger, gradient checkpointing, and ours, in one run.
 
-    python -m benchmarks.training --out DIR          T5-base 32×512+512 and a Llama of 1.24B at 8×2048, about two minutes
-    python -m benchmarks.training --dry              tiny models on the CPU: every code path, no figure worth keeping
+    python -m benchmarks.training --models llama-1b --out DIR      one model with every provider
+    python -m benchmarks.training --merge A.json B.json --out DIR  the sections of several runs in one file; measures nothing
+    python -m benchmarks.training --dry                            tiny models on the CPU: every code path, no figure
 
 A step is forward, backward and fused AdamW, on bfloat16 parameters and random tokens, without the cache of keys and values that
-training has no use for (as transformers' Trainer).
+training has no use for (as transformers' Trainer). The file is written again whenever a provider has finished something, so a
+run that is cut short leaves what it has.
 
 Every provider lives in a process of its own, because Liger replaces transformers' rotary embedding for the whole process,
-whether or not it is given one model. All processes hold their model at the same time and are asked in turn, round after
-round, because the host's speed drifts by more than the providers differ; a process that waits gives its free memory back.
+whether or not it is given one model. All processes start at once, hold their model at the same time and are asked in turn,
+round after round, because the host's speed drifts by more than the providers differ. A process that waits gives its free
+memory back, and its optimizer's state, which is zeros again when it goes on: the learning rate is 0 by then.
 
-Nothing is timed before it is checked. On an eighth of the batch, without dropout, loss and every parameter's gradient obey the
-law of ``workload.check``: our error against float32 is at most twice that of plain bfloat16, plus one unit in the last place.
-Ours is not timed on red; of a peer it is said. The first loss of the full step may differ from eager's by at most 2⁻⁷ of it,
-one unit in the last place of a bfloat16 (T5's loss is one); beyond that no provider is timed.
+First steps of ``oslo_fusion memory-efficient`` and of whole models under ``torch.compile`` are cold: their caches of compiled
+code and of timings are empty. The others have what these left. Eager and ours make theirs while nothing else runs.
+``torch.compile`` of a whole model takes so long, nearly all of it on one core of the host, that the
+providers with it make theirs at the same time, and the other peers beside them.
+
+Nothing is timed before it is checked. Loss and every parameter's gradient obey the law of ``workload.check`` on the timed
+batch: our error against float32 is at most twice that of plain bfloat16, plus one unit in the last place. The truth is computed
+once, an eighth of the batch at a time, and of each gradient about 2¹⁸ numbers, evenly spaced, are compared. A model without
+dropout is checked as it is timed; of one with dropout a second one without it, unless that means to compile a whole model
+again. Ours is not timed on red; of a peer it is said. The first loss of the full step may differ from eager's by at most 2⁻⁷ of
+it, one unit in the last place of a bfloat16 (T5's loss is one); beyond that no provider is timed.
 """
 
 from __future__ import annotations
@@ -26,11 +36,13 @@ import importlib.metadata
 import json
 import math
 import multiprocessing
+import os
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -38,10 +50,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
-from oslo_fusion import engine, models, surgery, workload
-from oslo_fusion.errors import OsloFusionError
+from oslo_fusion import engine, models, surgery, timings, workload
+from oslo_fusion.errors import ConfigError, OsloFusionError
 from oslo_fusion.jit import TorchScriptPass
 from oslo_fusion.report import FusionReport
 from oslo_fusion.workload import Answers, Stopwatch, Workload, synchronize
@@ -50,32 +62,42 @@ CONFIG = {"kernel_fusion": {"enable": True, "custom_cuda_kernels": "all"}}
 LOSS = {"kernel_fusion": {"enable": True, "custom_cuda_kernels": ["all", "FusedLinearCrossEntropy"]}}
 
 
-def compiled(budget: float) -> dict[str, Any]:
-    """Layers compiled under a memory budget, and the fused loss."""
-    block = {"scope": "layer", "activation_memory_budget": budget}
+def compiled(budget: float, scope: str = "layer") -> dict[str, Any]:
+    """Layers, or all below the head, compiled under a memory budget, and the fused loss."""
+    block = {"scope": scope, "activation_memory_budget": budget}
     kernels = ["all", "FusedLinearCrossEntropy"]
     return {"kernel_fusion": {"enable": True, "memory_efficient_fusion": block, "custom_cuda_kernels": kernels}}
 
 
-MODELS = {"t5-base": ("t5", 32, 512), "llama-1b": ("llama", 8, 2048)}
+MODELS = {"llama-1b": ("llama", 8, 2048), "gpt2": ("gpt2", 16, 1024), "t5-base": ("t5", 32, 512)}
 """Name in :data:`oslo_fusion.models.MODELS`, batch, tokens per sample (of T5 on both sides)."""
 
-EAGER, OURS, OURS_LOSS = "eager", "oslo_fusion kernels", "oslo_fusion kernels and loss"
-COMPILED = {"oslo_fusion memory-efficient": 1.0, "oslo_fusion memory-efficient at 0": 0.0}
-PROVIDERS = (EAGER, OURS, OURS_LOSS, "oslo_fusion", *COMPILED, "liger kernels", "liger", "compile")
+EAGER, OURS, OURS_LOSS, BEST = "eager", "oslo_fusion kernels", "oslo_fusion kernels and loss", "oslo_fusion memory-efficient"
+CHECKPOINTING = " checkpointing"
+DIAL = (0.0, 0.1, 0.25, 0.5, 0.75)
+COMPILED = {BEST: 1.0, **{f"{BEST} at {budget:g}": budget for budget in DIAL}, BEST + CHECKPOINTING: 1.0}
+WHOLE = ("compile", "liger compile")
+OURS_WHOLE = f"{BEST} whole"
+PEERS = (EAGER, EAGER + CHECKPOINTING, "liger kernels", "liger", "liger" + CHECKPOINTING, *WHOLE)
+PROVIDERS = (*PEERS, OURS, OURS_LOSS, "oslo_fusion", *COMPILED, OURS_WHOLE)
 """``oslo_fusion kernels``: what ``custom_cuda_kernels: all`` gives, without the TorchScript room; ``and loss``: with
-``FusedLinearCrossEntropy`` too. ``oslo_fusion``: every room. ``memory-efficient``: layers compiled, and the fused loss.
-``liger kernels``: norms, gated product and rotary embedding, like with like. ``liger``: its fused linear cross entropy too."""
+``FusedLinearCrossEntropy`` too. ``oslo_fusion``: every room. ``memory-efficient``: layers compiled, and the fused loss; ``at``:
+with this ``activation_memory_budget``, else 1; ``whole``: with ``scope: model``, all below the head in one graph. ``compile``:
+``model.compile()``. ``liger kernels``: norms, gated product and rotary embedding, like with like. ``liger``: its fused linear
+cross entropy too. ``checkpointing``: with transformers' ``gradient_checkpointing_enable()``."""
 
-DEFAULT = (EAGER, OURS, OURS_LOSS, "liger kernels", "liger")
-ROUNDS = 5
-CALLS = 4
+DEFAULT = (*(name for name in PEERS if name != "liger kernels"), OURS, OURS_LOSS, BEST, f"{BEST} at 0")
+ROUNDS = 3
+CALLS = 5
 SETTLE = 2  # calls before each round's timed ones: they fetch from the driver the memory that was given back
 RECORDED = 3
 LEARNING_RATE = 1e-4  # of the recorded steps, so that a wrong gradient shows in the next loss; then 0, and the weights stay
 LAW = torch.finfo(torch.bfloat16).eps
+PARTS = 8  # of the batch, for the float32 answers
+SAMPLE = 1 << 18  # numbers that are compared of one gradient
 PROFILED = {"device_ms": 1, "host_ms": 1, "launches": 0}  # columns from the profile, and their digits
-PATIENCE = 150.0  # seconds for one request
+PATIENCE = 240.0  # seconds for one request
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", timings.CACHE_VARIABLE)
 
 
 class Absent(Exception):
@@ -119,7 +141,7 @@ def liger_version() -> str | None:
         return None
 
 
-def apply_provider(name: str, model: nn.Module) -> None:
+def apply_provider(name: str, model: Any) -> None:
     """Make ``model`` the provider's."""
     if name in (OURS, OURS_LOSS):
         initialize_kernels(model, CONFIG if name == OURS else LOSS)
@@ -127,11 +149,15 @@ def apply_provider(name: str, model: nn.Module) -> None:
         engine.initialize(model, CONFIG)
     elif name in COMPILED:
         engine.initialize(model, compiled(COMPILED[name]))
-    elif name == "compile":
-        model.compile()
+    elif name == OURS_WHOLE:
+        engine.initialize(model, compiled(1.0, "model"))
     elif name.startswith("liger"):
         # On this instance, and on transformers' globals where Liger knows no other way.
-        liger_recipe(model)(model=model, fused_linear_cross_entropy=name == "liger")
+        liger_recipe(model)(model=model, fused_linear_cross_entropy=name != "liger kernels")
+    if name.endswith(CHECKPOINTING):
+        model.gradient_checkpointing_enable()
+    if name in WHOLE:
+        model.compile()
 
 
 def build(load: Workload) -> nn.Module:
@@ -142,14 +168,44 @@ def build(load: Workload) -> nn.Module:
     return model
 
 
-def answers(model: nn.Module, load: Workload) -> Answers:
-    """Loss and gradients. The loss stands for the output too: with a fused loss there are no logits."""
+def has_dropout(model: nn.Module) -> bool:
+    """Whether anything in ``model`` is random in training. See :func:`oslo_fusion.workload.switch_off_dropout`."""
+    return any(
+        isinstance(value, float) and value > 0
+        for module in model.modules()
+        for name, value in module.__dict__.items()
+        if "drop" in name or (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
+    )
+
+
+def sampled(gradient: Tensor) -> Tensor:
+    """About :data:`SAMPLE` numbers of a gradient at the most, evenly spaced, out of every column."""
+    step = -(-gradient.numel() // SAMPLE)
+    while math.gcd(step, gradient.shape[-1]) > 1:
+        step += 1
+    return gradient.detach().reshape(-1)[::step].clone()
+
+
+def answers(model: nn.Module, load: Workload, parts: int = 1) -> Answers:
+    """Loss and gradients without dropout. The loss stands for the output too: with a fused loss there are no logits.
+
+    Args:
+        model: is left without gradients, and without dropout.
+        load: its inputs; every sample has as many labels as the others.
+        parts: equal ones of the batch, one after the other, for less memory.
+    """
     workload.switch_off_dropout(model)
-    loss = model(**load.inputs(model)).loss
-    loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    inputs = load.inputs(model)
+    losses = []
+    for begin in range(0, load.batch, load.batch // parts):
+        # Not a slice where it is all: nothing may give a compiler a reason to compile again.
+        part = {name: tensor[begin : begin + load.batch // parts] for name, tensor in inputs.items()} if parts > 1 else inputs
+        loss = model(**part).loss / parts
+        loss.backward()
+        losses.append(loss.detach())
+    gradients = {name: sampled(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    loss = loss.detach()
+    loss = torch.stack(losses).sum()
     return Answers(loss.to(load.torch_dtype), loss, gradients)
 
 
@@ -158,28 +214,36 @@ class Runner:
 
     def __init__(self, provider: str, load: Workload) -> None:
         self.provider, self.load, self.device = provider, load, load.torch_device
-        self.small = dataclasses.replace(load, batch=max(1, load.batch // 8))
         importlib.import_module("transformers")
-        if self.device.type == "cuda":
-            torch.zeros(1, device=self.device)  # the context; all processes start at once, so this costs once
+        self.model: nn.Module | None = None
+
+    def build(self) -> None:
+        """Build the model; all processes do it at once, so that imports and contexts cost their time once."""
+        self.model = build(self.load)
+
+    def refer(self, path: str) -> None:
+        """Write the answers of the untouched model, and those in float32, for everybody's check."""
+        plain = build(self.load)
+        before = answers(plain, self.load)
+        wide = dataclasses.replace(self.load, dtype="float32")
+        reference = answers(plain.float(), wide, math.gcd(PARTS, self.load.batch))
+        torch.save([dataclasses.asdict(said) for said in (before, reference)], path)
+        del plain, before, reference
+        workload.free_memory(self.device)
 
     def prepare(self) -> dict[str, Any]:
-        """Build, apply, make the first steps. Plain answers come first: afterwards Liger is all over this process."""
-        plain = build(self.small)
-        if self.provider.startswith("liger"):
-            liger_recipe(plain)
-        self.before = answers(plain, self.small)
-        self.reference = answers(plain.float(), dataclasses.replace(self.small, dtype="float32"))
-        del plain
-        workload.free_memory(self.device)
-        model = build(self.load)
+        """Apply, make the first steps; then the weights are as they were."""
+        if self.model is None:
+            self.build()
+        model: Any = self.model
+        inputs, self.parameters = self.load.inputs(model), list(model.parameters())
+        untouched = [p.detach().clone() for p in self.parameters]
         synchronize(self.device)
         start = time.perf_counter()
         apply_provider(self.provider, model)
         synchronize(self.device)
         prepare_s = time.perf_counter() - start
-        inputs, self.parameters = self.load.inputs(model), list(model.parameters())
-        optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, fused=True)
+        self.optimizer = optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, fused=True)
         losses: list[float] = []
 
         def step() -> object:
@@ -193,58 +257,81 @@ class Runner:
 
         self.step, self.watch = step, Stopwatch(step, self.device)
         torch.manual_seed(self.load.seed)  # the same dropout for everybody who draws it the same way
-        self.watch.warm_up(RECORDED)
+        start = time.perf_counter()
+        self.watch.warm_up(1)
+        first_step_s = time.perf_counter() - start
+        self.watch.warm_up(RECORDED - 1)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, untouched, strict=True):
+                parameter.copy_(value)
+        del untouched
         self.resident = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
-        self.resident -= sum(g.nbytes for a in (self.before, self.reference) for g in a.gradients.values())
+        self.rest()
         attached = surgery.attached(model)
         return {
             "losses": losses,
             "prepare_s": prepare_s,
+            "first_step_s": first_step_s,
             "parameters": sum(p.numel() for p in self.parameters),
+            "dropout": has_dropout(model),
             "fusion": outcome(attached) if isinstance(attached, FusionReport) else None,
         }
 
-    def check(self) -> dict[str, Any]:
-        """Loss and gradients of a fresh model of this provider, under the law.
+    def rest(self) -> None:
+        """Give back what others may need meanwhile."""
+        self.optimizer.state.clear()
+        workload.free_memory(self.device)
+
+    def check(self, path: str) -> dict[str, Any] | None:
+        """Loss and gradients of this provider's model against those that :meth:`refer` wrote; None if it would have to be
+        compiled as a whole once more.
 
         Raises:
             AssertionError: the law is broken.
         """
-        model = build(self.small)
-        apply_provider(self.provider, model)
+        model = self.model
+        if has_dropout(model):
+            if self.provider in WHOLE:
+                return None
+            model = build(self.load)
+            apply_provider(self.provider, model)
+        before, reference = (Answers(**said) for said in torch.load(path, map_location=self.device))
         try:
-            return workload.check(self.before, answers(model, self.small), self.reference)
+            return workload.check(before, answers(model, self.load), reference)
         finally:
-            del model, self.before, self.reference
+            del model, before, reference
             workload.free_memory(self.device)
 
-    def time(self, calls: int) -> None:
-        """A round."""
+    def time(self, calls: int) -> dict[str, Any]:
+        """A round, and what all rounds so far measured."""
         self.watch.warm_up(SETTLE)
         self.watch.time(calls)
-        workload.free_memory(self.device)
-
-    def finish(self) -> dict[str, Any]:
-        """What was measured, and where the time goes."""
+        self.rest()
         measured = dataclasses.asdict(self.watch.measurement(self.resident))
-        measured["first_step_s"] = measured.pop("first_call_s")
-        for name in ("warmup_s", "second_shape_s"):
+        for name in ("first_call_s", "warmup_s", "second_shape_s"):
             del measured[name]
-        if self.device.type == "cuda":
-            self.watch.warm_up(SETTLE)
-            measured["profile"] = workload.profile(self.step, self.device, top=20)
-            workload.free_memory(self.device)
         return measured
+
+    def profile(self) -> dict[str, Any] | None:
+        """Where the time goes; None where there is no GPU."""
+        if self.device.type != "cuda":
+            return None
+        self.watch.warm_up(SETTLE)
+        found = workload.profile(self.step, self.device, calls=1, top=20)
+        self.rest()
+        return found
 
 
 def outcome(report: FusionReport) -> dict[str, Any]:
-    """How many sites of each kind were fused, and why others were not."""
+    """How many sites of each kind were fused, why others were not, and what was compiled."""
     fused = Counter(row.site.kind for row in report.rows if row.outcome == "fused")
     refused = Counter((row.site.kind, row.reason) for row in report.rows if row.outcome == "refused")
+    record = next((found for p in report.plan.proposals if (found := p.runtime) is not None), None)
     return {
         "fused": dict(fused),
+        "compiled": None if record is None else record.to_dict(),
         "refused": [{"kind": kind, "reason": reason, "sites": sites} for (kind, reason), sites in refused.items()],
     }
 
@@ -274,12 +361,14 @@ def serve(connection: Connection, provider: str, load: Workload, threads: int) -
 class Provider:
     """A provider's process as seen from here, and its row."""
 
-    def __init__(self, name: str, load: Workload) -> None:
+    def __init__(self, name: str, load: Workload, caches: Path) -> None:
         context = multiprocessing.get_context("spawn")
-        self.row: dict[str, Any] = {"provider": name, "error": None, "absent": None}
+        self.name, self.load = name, load
+        self.row: dict[str, Any] = {"provider": name, "error": None, "absent": None, "seconds": {}}
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, name, load, torch.get_num_threads()), daemon=True)
-        self._process.start()
+        with environment_of({variable: str(caches / variable.lower()) for variable in CACHES}):
+            self._process.start()
         theirs.close()
 
     @property
@@ -290,16 +379,30 @@ class Provider:
     def ask(self, name: str, *arguments: Any) -> tuple[str, Any]:
         """Have a method of its :class:`Runner` called. ``("done", result)``, ``("red", message)``, or ``("out", None)`` for a
         provider that has failed or has nothing for this model; its row says which, and it is not asked again."""
+        self.begin(name, *arguments)
+        return self.end()
+
+    def begin(self, name: str, *arguments: Any) -> None:
+        """Ask, and do not wait."""
+        self._asked, self._since = name, time.perf_counter()
+        if self.alive:
+            with contextlib.suppress(OSError):  # a dead process shows when its answer is read
+                self._connection.send((name, arguments))
+
+    def end(self) -> tuple[str, Any]:
+        """The answer to what was asked last."""
         if not self.alive:
             return "out", None
         try:
-            self._connection.send((name, arguments))
-            if not self._connection.poll(PATIENCE):
-                raise OSError(f"no answer to {name} within {PATIENCE:.0f} s")
+            if not self._connection.poll(max(0.0, self._since + PATIENCE - time.perf_counter())):
+                raise OSError(f"no answer to {self._asked} within {PATIENCE:.0f} s")
             kind, answer = self._connection.recv()
         except (EOFError, OSError) as error:
             self._process.join(1.0)
-            kind, answer = "error", f"{name}: {str(error) or 'its process ended'} (exit code {self._process.exitcode})"
+            kind = "error"
+            answer = f"{self._asked}: {str(error) or 'its process ended'} (exit code {self._process.exitcode})"
+        spent = self.row["seconds"]
+        spent[self._asked] = round(spent.get(self._asked, 0.0) + time.perf_counter() - self._since, 1)
         if kind in ("absent", "error"):
             self.row[kind] = answer
             self.close()  # with it goes whatever memory it held
@@ -313,6 +416,21 @@ class Provider:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+
+
+@contextlib.contextmanager
+def environment_of(variables: Mapping[str, str]) -> Iterator[None]:
+    """These environment variables for what is started inside."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def judge(rows: Sequence[Mapping[str, Any]]) -> str | None:
@@ -333,66 +451,130 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> str | None:
     return None
 
 
-def measure(load: Workload, names: Sequence[str], rounds: int, deadline: float, rate: float) -> dict[str, Any]:
+def measure(
+    load: Workload,
+    names: Sequence[str],
+    rounds: int,
+    seconds: float,
+    rate: float,
+    with_profile: bool = False,
+    on_progress: Callable[[dict[str, Any]], None] = lambda section: None,
+) -> dict[str, Any]:
     """One model with every provider.
 
     Args:
         load: the model and its batch.
         names: out of :data:`PROVIDERS`.
         rounds: of :data:`CALLS` timed steps each.
-        deadline: on ``time.perf_counter``; no round begins after it.
+        seconds: no round but the first begins later than this.
         rate: FLOP/s of the roof.
+        with_profile: say also where the time goes.
+        on_progress: is given the section as it is whenever a provider has finished something.
     """
     start = time.perf_counter()
-    providers = [Provider(name, load) for name in names]
+    section: dict[str, Any] = {"workload": load.to_dict(), "parameters": 0, "flops": 0, "rounds": 0, "calls": CALLS, "law": LAW}
+    section.update(error=None, seconds=0.0, roof={"matmul_flops_per_s": rate})
+    folder = tempfile.TemporaryDirectory(prefix="oslo-fusion-training-", ignore_cleanup_errors=True)
+    place = Path(folder.name)
+    providers = [Provider(name, load, place / (name if name in WHOLE else "shared")) for name in names]
+    section["rows"] = [provider.row for provider in providers]
+
+    def progress() -> None:
+        _compare(section)
+        section["seconds"] = round(time.perf_counter() - start, 1)
+        on_progress(section)
+
     try:
-        parameters, error = 0, None
-        for provider in providers:
-            _, found = provider.ask("prepare")
-            if found is not None:
-                parameters = parameters or found.pop("parameters")
-                provider.row.update(found)
-                kind, said = provider.ask("check")
-                provider.row["check"] = {"green": kind == "done", "found": said}
-                if kind == "red" and provider.row["provider"].startswith("oslo_fusion"):
-                    error = f"the check is red: {provider.row['provider']}: {said}"
-        error = error or judge([p.row for p in providers])
-        flops = 6 * parameters * load.batch * load.seq
-        done = 0
-        while error is None and done < rounds and (done == 0 or time.perf_counter() < deadline):
+        _prepare(providers, str(place / "answers.pt"), section, progress)
+        section["error"] = section["error"] or judge(section["rows"])
+        progress()
+        while section["error"] is None and section["rounds"] < rounds:
+            if section["rounds"] and time.perf_counter() > start + seconds:
+                break
             for provider in providers:
-                provider.ask("time", CALLS)
-            done += 1
-        for provider in providers:
-            found = provider.ask("finish")[1] if error is None else None
-            if found is not None:
-                provider.row.update(found, percent_of_roof=100 * flops / (found["median_s"] * rate))
+                provider.row.update(provider.ask("time", CALLS)[1] or {})
+                progress()
+            section["rounds"] += 1
+        for provider in providers if with_profile and section["error"] is None else ():
+            provider.row["profile"] = provider.ask("profile")[1]
+        progress()
     finally:
         for provider in providers:
             provider.close()
-    rows = [provider.row for provider in providers]
-    base = next((row["median_s"] for row in rows if row["provider"] == EAGER and "median_s" in row), None)
-    for row in rows:
-        if base is not None and "median_s" in row:
+        folder.cleanup()
+    return section
+
+
+def _prepare(providers: Sequence[Provider], path: str, section: dict[str, Any], progress: Callable[[], None]) -> None:
+    """Everything before the first round; ``section`` is told the number of parameters, and what is wrong."""
+
+    def check(provider: Provider) -> None:
+        kind, said = provider.ask("check", path)
+        if kind == "out":
+            return
+        provider.row["check"] = {"green": None if said is None else kind == "done", "found": said}
+        if kind == "red" and provider.name.startswith("oslo_fusion"):
+            section["error"] = f"the check is red: {provider.name}: {said}"
+
+    later: list[Provider] = []
+
+    def take(provider: Provider, answer: tuple[str, Any]) -> None:
+        found = answer[1]
+        if found is None:
+            return
+        section["parameters"] = found.pop("parameters")
+        section["flops"] = 6 * section["parameters"] * provider.load.batch * provider.load.seq
+        provider.row.update(found)
+        progress()
+        if provider.name == EAGER:
+            return  # the law's yardstick
+        if found["dropout"]:
+            later.append(provider)  # takes a second model; there is time for that while others compile
+        else:
+            check(provider)
+
+    for provider in providers:
+        provider.begin("build")
+    for provider in providers:
+        provider.end()
+    if not any(provider.ask("refer", path)[0] == "done" for provider in providers):
+        return  # all have failed, and their rows say how
+    whole = [provider for provider in providers if provider.name in WHOLE]
+    # Ours first: the caches that it fills are the other processes'.
+    alone = sorted((p for p in providers if p.name == EAGER or p.name.startswith("oslo_fusion")), key=lambda p: p.name != BEST)
+    for provider in alone[:1] + whole:
+        provider.row["cold"] = provider.name != EAGER
+    for provider in alone:
+        take(provider, provider.ask("prepare"))
+    for provider in whole:
+        provider.begin("prepare")
+    for provider in providers:
+        if provider not in whole and provider not in alone:
+            take(provider, provider.ask("prepare"))
+    for provider in later:
+        check(provider)
+    later.clear()
+    for provider in whole:
+        take(provider, provider.end())
+    for provider in later:
+        check(provider)
+
+
+def _compare(section: Mapping[str, Any]) -> None:
+    """Each timed row against eager's and against the roof."""
+    timed = [row for row in section["rows"] if "median_s" in row]
+    base = next((row["median_s"] for row in timed if row["provider"] == EAGER), None)
+    for row in timed:
+        row["percent_of_roof"] = 100 * section["flops"] / (row["median_s"] * section["roof"]["matmul_flops_per_s"])
+        if base is not None:
             row["speedup"] = base / row["median_s"]
-    return {
-        "workload": load.to_dict(),
-        "parameters": parameters,
-        "flops": flops,
-        "rounds": done,
-        "calls": CALLS,
-        "law": LAW,
-        "error": error,
-        "seconds": round(time.perf_counter() - start, 1),
-        "rows": rows,
-    }
 
 
 def kernels(section: Mapping[str, Any]) -> Iterator[str]:
-    """The largest kernels of eager and ours, as text."""
+    """The largest kernels of each provider, as text."""
     for row in section["rows"]:
         found = row.get("profile")
-        if found is None or row["provider"] not in (EAGER, OURS):
+        if found is None:
             continue
         yield (
             f"\n{section['workload']['model']}, {row['provider']}: {found['device_ms']:.1f} ms of kernels in "
@@ -408,21 +590,21 @@ def table(result: Mapping[str, Any]) -> Table:
     made = Table(title=f"Training steps on {result['device']['name']}, {result['seconds']:.0f} s in all", title_justify="left")
     made.add_column("model")
     made.add_column("provider")
-    for heading in ("median ms", "P90", "× eager", "kernels ms", "host ms", "launches", "peak GiB", "first s", "% of roof"):
+    for heading in ("median ms", "P90", "× eager", *PROFILED, "peak GiB", "initialize s", "first step s", "% of roof"):
         made.add_column(heading, justify="right")
     made.add_column("losses, check")
     for section in result["sections"]:
         for row in section["rows"]:
-            made.add_row(section["workload"]["model"], row["provider"], *_cells(row, section["error"]))
+            made.add_row(section["name"], row["provider"], *_cells(row, section["error"]))
     return made
 
 
 def _cells(row: Mapping[str, Any], error: str | None) -> list[str]:
     said = " ".join(f"{loss:.4f}" for loss in row.get("losses", ()))
     if "check" in row:
-        said += ", green" if row["check"]["green"] else f", RED: {row['check']['found']}"
-    if "median_s" not in row:
-        return ["–"] * 9 + [row["error"] or row["absent"] or f"not timed: {error}; {said}"]
+        said += {True: ", green", None: ", not checked", False: f", RED: {row['check']['found']}"}[row["check"]["green"]]
+    if "median_s" not in row or row["error"]:
+        return ["–"] * 10 + [row["error"] or row["absent"] or f"not timed: {error}; {said}"]
     found = row.get("profile")
     return [
         f"{row['median_s'] * 1e3:.1f}",
@@ -430,7 +612,8 @@ def _cells(row: Mapping[str, Any], error: str | None) -> list[str]:
         f"{row['speedup']:.3f}" if "speedup" in row else "–",
         *(f"{found[key]:.{digits}f}" if found else "–" for key, digits in PROFILED.items()),
         "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}",
-        f"{row['prepare_s'] + row['first_step_s']:.1f}",
+        f"{row['prepare_s']:.1f}",
+        f"{row['first_step_s']:.1f}",
         f"{row['percent_of_roof']:.1f}",
         said,
     ]
@@ -443,7 +626,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 if a check was red or a provider failed; 2 if an argument is unusable.
     """
     try:
-        return _run(_parser().parse_args(arguments))
+        parsed = _parser().parse_args(arguments)
+        return _merge(parsed) if parsed.merge else _run(parsed)
     except OsloFusionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -455,12 +639,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="folder for the JSON; without it only the table is printed")
     parser.add_argument("--models", default=",".join(MODELS), help=f"comma-separated (default: {','.join(MODELS)})")
-    parser.add_argument("--providers", default=",".join(DEFAULT), help=f"comma-separated, out of: {', '.join(PROVIDERS)}")
+    parser.add_argument(
+        "--providers",
+        default=",".join(DEFAULT),
+        help=f"comma-separated, out of: {', '.join(PROVIDERS)} (default: {', '.join(DEFAULT)})",
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of {CALLS} timed steps each (default: {ROUNDS})")
-    parser.add_argument("--seconds", type=float, default=110.0, help="begin no round after this long (default: 110)")
-    parser.add_argument("--profile", action="store_true", help="write the largest kernels of eager and ours beside the JSON")
+    parser.add_argument(
+        "--seconds", type=float, default=150.0, help="of each model, begin no further round after this long (default: 150)"
+    )
+    parser.add_argument("--profile", action="store_true", help="say where the time goes, and list kernels beside the JSON")
     parser.add_argument("--dry", action="store_true", help="tiny models on the CPU")
     parser.add_argument("--commit", default=None, help="the code's commit, for a copy without its history")
+    parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing: put these files' sections into one, in --out")
     return parser
 
 
@@ -480,30 +671,52 @@ def _run(parsed: argparse.Namespace) -> int:
     start = time.perf_counter()
     device = models.parse_device("cpu" if parsed.dry else "cuda")
     facts = workload.facts(device, parsed.commit)
+    facts["versions"]["liger-kernel"] = liger_version()
     rate = workload.matmul_rate(torch.bfloat16, device)
     workload.free_memory(device)
-    result: dict[str, Any] = {
-        "benchmark": "training",
-        **facts,
-        "config": CONFIG,
-        "roof": {"matmul_flops_per_s": rate},
-        "seconds": 0.0,
-        "sections": [],
-    }
-    result["versions"]["liger-kernel"] = liger_version()
-    for number, name in enumerate(chosen, 1):
+    result: dict[str, Any] = {"benchmark": "training", **facts, "config": CONFIG, "seconds": 0.0, "sections": []}
+    own = {name: facts[name] for name in ("commit", "date")}  # a merged file's sections are from several runs
+    for name in chosen:
         model, batch, seq = MODELS[name]
         load = Workload(model, batch, seq, "training", "bfloat16", device)
         if parsed.dry:
             load = dataclasses.replace(load, batch=2, seq=8, size="tiny")
-        deadline = start + parsed.seconds * number / len(chosen)
-        result["sections"].append({"name": name, **measure(load, names, parsed.rounds, deadline, rate)})
-        result["seconds"] = round(time.perf_counter() - start, 1)
-        if parsed.out is not None:
-            _write(result, parsed.out, parsed.profile)
-    Console(width=None if sys.stdout.isatty() else 190, highlight=False).print(table(result))
+        result["sections"].append({})
+
+        def on_progress(section: dict[str, Any], name: str = name) -> None:
+            result["sections"][-1] = {"name": name, **own, **section}
+            result["seconds"] = round(time.perf_counter() - start, 1)
+            if parsed.out is not None:
+                _write(result, parsed.out, parsed.profile)
+
+        measure(load, names, parsed.rounds, parsed.seconds, rate, parsed.profile, on_progress)
+    Console(width=None if sys.stdout.isatty() else 210, highlight=False).print(table(result))
     sections = result["sections"]
     return 1 if any(s["error"] or any(row["error"] for row in s["rows"]) for s in sections) else 0
+
+
+def _merge(parsed: argparse.Namespace) -> int:
+    """The later of two sections of one model is kept; all rows of a model are from one run."""
+    if parsed.out is None:
+        raise ConfigError("--merge: received no --out. Remedy: --out with the folder for the merged file.")
+    merged: dict[str, Any] = {}
+    for path in parsed.merge:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            own = {name: found[name] for name in ("commit", "date")}
+            sections = {section["name"]: {**own, **section} for section in found["sections"]}
+            same = (found["benchmark"], found["device"], found["versions"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"--merge: {path}: no file of this benchmark ({type(error).__name__}: {error}).") from error
+        if merged and same != (merged["benchmark"], merged["device"], merged["versions"]):
+            raise ConfigError(
+                f"--merge: {path}: of another device or other versions than {parsed.merge[0]}. Remedy: run it there again."
+            )
+        sections = {**{section["name"]: section for section in merged.get("sections", ())}, **sections}
+        merged = {**found, "seconds": merged.get("seconds", 0.0) + found["seconds"]}
+        merged["sections"] = [sections[name] for name in MODELS if name in sections]
+    _write(merged, parsed.out, False)
+    return 0
 
 
 def _write(result: Mapping[str, Any], out: Path, with_kernels: bool) -> None:

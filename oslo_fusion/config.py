@@ -50,7 +50,8 @@ class MemoryEfficientFusion:
     Attributes:
         activation_memory_budget: 1 is fastest, 0 recomputes everything in the backward. In ``scope: layer`` that is each
             layer's own share: 0 keeps a layer's inputs, as gradient checkpointing does.
-        scope: ``layer`` compiles a repeated layer once for all its kind; ``model`` the whole forward.
+        scope: ``layer`` compiles a repeated layer once for all its kind; ``model`` the whole forward, or with
+            ``FusedLinearCrossEntropy`` all below the head.
         replacements: ``package.module:name`` of each :class:`oslo_fusion.aot.Replacement` to use: one's own kernels in
             place of patterns.
 

@@ -183,6 +183,38 @@ def test_sweep_goes_on_after_oom_and_picks_what_fits(capsys, tmp_path, monkeypat
     assert "no setting runs within 1e-06 GiB" in capsys.readouterr().out
 
 
+def test_sweep_takes_the_fused_loss_and_outlives_eager_and_steps_that_run_out_of_memory(tmp_path, monkeypatch):
+    from oslo_fusion.aot import room
+    from oslo_fusion.kernels import loss_sites
+
+    monkeypatch.setattr(room, "COMPILER", "eager")
+    monkeypatch.setattr(loss_sites, "choices", lambda *where: {"auto": "triton"})
+    checked, step, tight = [], workload.make_step, iter([True, False, True, False])
+    real = workload.run_check
+    monkeypatch.setattr(workload, "run_check", lambda load, config: (checked.append(load.batch), real(load, config)))
+
+    def make_step(*arguments):
+        if not next(tight):
+            return step(*arguments)
+
+        def run(inputs):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return run
+
+    monkeypatch.setattr(workload, "make_step", make_step)
+    config = tmp_path / "config.yaml"
+    config.write_text('kernel_fusion: {enable: true, autotune: "off", custom_cuda_kernels: [FusedLinearCrossEntropy]}')
+    arguments = ["bench", "--model", "llama", "--size", "tiny", "--device", "cpu", "--config", str(config), "--repeats", "1"]
+    sweep = ["--sweep", "activation_memory_budget", "--budgets", "1,0.5,0", "--batch", "16", "--seq", "8"]
+    assert main([*arguments, *sweep, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "llama-activation-memory-budget-float32-16x8.json").read_text())
+    assert [row["error"] for row in found["rows"]] == ["OOM", None, "OOM", None]
+    assert found["config"]["custom_cuda_kernels"] == ["FusedLinearCrossEntropy"]
+    assert checked == [2, 2, 2], "on an eighth of the batch"
+    assert found["rows"][3]["saved_bytes"] < found["rows"][1]["saved_bytes"]
+
+
 def test_pick_takes_the_fastest_that_fits():
     gib = 2**30
     rows = [

@@ -13,6 +13,7 @@ import torch
 
 from oslo_fusion import engine, workload
 from oslo_fusion.errors import ConfigError
+from oslo_fusion.kernels import loss_sites
 from oslo_fusion.models import MODELS, build_model
 from oslo_fusion.workload import MODES, Answers, Workload, check, compare, measure
 
@@ -222,6 +223,25 @@ def test_dropout_is_off_on_the_model_and_nowhere_else(name):
         torch.manual_seed(0)
         first = untouched(**inputs).logits
         assert not torch.equal(first, untouched(**inputs).logits)
+
+
+def test_loss_without_logits_is_checked_by_loss_and_gradients():
+    before, reference = three_answers()
+    fused = Answers(None, before.loss, before.gradients)
+    found = check(before, fused, reference)
+    assert "output" not in found
+    assert found["loss"]["before"] == found["loss"]["after"]
+    with pytest.raises(AssertionError, match="loss"):
+        check(before, Answers(None, before.loss + 0.5, before.gradients), reference)
+
+
+def test_compare_takes_a_fused_loss(monkeypatch):
+    monkeypatch.setattr(loss_sites, "choices", lambda *where: {"auto": "triton"})  # as on a GPU; the reference runs here
+    config = {"kernel_fusion": {"enable": True, "autotune": "off", "custom_cuda_kernels": ["FusedLinearCrossEntropy"]}}
+    result = compare(tiny("llama", "training"), config, ("eager", "oslo_fusion"), repeats=1, warmup=5)
+    assert [row["error"] for row in result["rows"]] == [None, None]
+    assert result["fusion"]["kinds"]["head and loss"] == 1
+    assert "output" not in result["check"]
 
 
 # --- providers ------------------------------------------------------------------------------------------------------

@@ -35,6 +35,11 @@ GraphPass = Callable[[fx.Graph], None]
 
 _UNSUPPORTED = "step_unsupported"  # Dynamo's reason where it gives none
 COMPILERS = ("inductor", "eager")
+_PARTITION: dict[str, Any] = {"ban_recompute_materialized_backward": False}
+"""torch keeps what a matmul of the backward reads even if it is one pointwise kernel away from what is kept anyway: a norm's
+output, the product of a gated MLP. Made again, by the kernel that reads the same inputs for their gradients, they cost next
+to nothing. Llama 1.24B 8×2048: 236.5 ms and 27.2 GiB, then 236.8 ms and 21.2. GPT-2 16×1024: 42.4 ms and 6.1 GiB, then 40.5
+and 4.4."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ class Backend:
         written = _describe(graph, program)
         inner: dict[str, Any] = {"inner_compile": _as_it_is} if self.compiler == "eager" else {}
         start = time.perf_counter()
-        with functorch_config.patch(activation_memory_budget=self.activation_memory_budget):
+        with functorch_config.patch(**_PARTITION, activation_memory_budget=self.activation_memory_budget):
             compiled: Any = compile_fx(graph, example_inputs, config_patches=self._patches or None, **inner)
         self.record.graphs.append(written(time.perf_counter() - start))
         return compiled  # type: ignore[no-any-return]

@@ -47,7 +47,7 @@ class CompiledForward(_Method):
             return original(*args, **kwargs)
         if has_hooks_inside(original.__self__, programs.record):
             return original(*args, **kwargs)
-        return programs.run(original.__func__, self.name, original.__self__, *args, **kwargs)
+        return programs.run(original.__func__, (self.name, self.settings["part"]), original.__self__, *args, **kwargs)
 
 
 class UncompiledGenerate(_Method):

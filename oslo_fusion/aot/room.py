@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,19 +46,20 @@ class AotPass:
         for name in settings.replacements:
             load_replacement(name)  # a wrong name is an error of the configuration, not of the first step
         programs = Programs(settings, COMPILER)
-        if settings.scope == "model":
-            yield _with_generate(leave(_propose_whole(model, programs, environment), taken), model, programs)
-            return
         layers = repeated_layers(model)
+        if settings.scope == "model":
+            rows = [
+                leave(_propose_whole(path, part, programs, environment), taken) for path, part in _whole(model, layers, taken)
+            ]
+            yield from _rows_with_generate(rows, model, programs)
+            return
         if not layers:
             reason = f"this {type(model).__name__} has no list of repeated layers; scope: model compiles its whole forward"
             yield refuse(ROOM, wish, "-", reason)
         numbers = {kind: number for number, kind in enumerate(dict.fromkeys(layer.kind for layer in layers))}
         different = difference(model, layers, programs) if config.verify and layers else {}
         rows = [leave(_propose_layer(x, numbers[x.kind], programs, environment, different.get(x.kind)), taken) for x in layers]
-        first = next((row for row in rows if row.swaps), None)
-        for row in rows:
-            yield _with_generate(row, model, programs) if row is first else row
+        yield from _rows_with_generate(rows, model, programs)
 
 
 def _propose_layer(layer: Repeated, kind: int, programs: Programs, environment: Environment, different: str | None) -> Proposal:
@@ -72,13 +73,31 @@ def _propose_layer(layer: Repeated, kind: int, programs: Programs, environment: 
     return _proposal(site, before, f"compiled once for all, {_describe(programs.settings)}", swap, programs)
 
 
-def _propose_whole(model: nn.Module, programs: Programs, environment: Environment) -> Proposal:
-    site = Site(CompiledForward.name, WHOLE, type(model).__name__)
-    reason = _obstacle(model, environment)
+def _whole(model: nn.Module, layers: Sequence[Repeated], taken: Taken) -> list[tuple[str, nn.Module]]:
+    """The model; or, where another room stands in its ``forward``, the parts of it that hold its layers.
+
+    Head and loss are what is left out then: the fused loss has to see the head's input, and gains nothing from a compiler.
+    """
+    if CompiledForward.name not in taken:
+        return [("", model)]
+    parts = [(path, part) for path, part in model.named_children() if any(x.path.startswith(f"{path}.") for x in layers)]
+    return parts or [("", model)]
+
+
+def _propose_whole(path: str, module: nn.Module, programs: Programs, environment: Environment) -> Proposal:
+    name = f"{path}.{CompiledForward.name}" if path else CompiledForward.name
+    site = Site(name, WHOLE, type(module).__name__)
+    reason = _obstacle(module, environment)
     if reason:
         return refuse(ROOM, site, "eager", reason)
-    swap = Swap("", CompiledForward, {"programs": programs}, CompiledForward.name)
+    swap = Swap(path, CompiledForward, {"programs": programs, "part": path}, CompiledForward.name)
     return _proposal(site, "eager", f"one compiled function, {_describe(programs.settings)}", swap, programs)
+
+
+def _rows_with_generate(rows: Sequence[Proposal], model: nn.Module, programs: Programs) -> Iterator[Proposal]:
+    first = next((row for row in rows if row.swaps), None)
+    for row in rows:
+        yield _with_generate(row, model, programs) if row is first else row
 
 
 def _with_generate(row: Proposal, model: nn.Module, programs: Programs) -> Proposal:

@@ -12,7 +12,7 @@ The sums over rows are kept in registers for as long as the program lives, then 
 adds these up in a fixed order. No atomics: the same input gives the same bits.
 """
 
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
 # A kernel's arguments carry no types: triton would take an annotation for a value to be used on the device.
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from oslo_fusion.ops.layer_norm import (
     register_kernels,
     result_dtypes,
 )
+from oslo_fusion.triton import ragged_rows
 from oslo_fusion.triton.launch import Kernel
 from oslo_fusion.triton.rows import (
     REGISTER_COLUMNS,
@@ -37,11 +38,15 @@ from oslo_fusion.triton.rows import (
     column_sums,
     device_facts,
     forward_blocks,
+    is_ragged,
     must_refer,
     no_weight_blocks,
     on_device,
+    ragged_backward_blocks,
+    ragged_forward_blocks,
     stride_unit,
     weight_sums,
+    wide_backward_blocks,
 )
 
 
@@ -171,6 +176,139 @@ def _layer_norm_bwd_kernel(
         tl.store(partials_ptr + partial, tl.sum(dbias, axis=0)[None, :], mask=cols_mask)
 
 
+@triton.jit
+def _add_part(
+    along_row,
+    along_ones,
+    s_ptrs,
+    dy_ptrs,
+    weight_ptrs,
+    mean,
+    rstd,
+    start,
+    cols,
+    DIM: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+):
+    """Add a part of a row to its sums of g · x̂ and of g, which are still apart by column."""
+    mask = start + cols < DIM
+    s = tl.load(s_ptrs + start, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    g = tl.load(dy_ptrs + start, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptrs + start, mask=mask, other=0.0, eviction_policy="evict_last")
+        g *= weight.to(tl.float32) + WEIGHT_OFFSET
+    return along_row + g * ((s - mean) * rstd), along_ones + g
+
+
+@triton.jit(do_not_specialize=["dy_row_units", "ds_row_units", "s_row_units", "num_rows"])
+def _layer_norm_wide_bwd_kernel(
+    dy_ptr,
+    ds_ptr,
+    s_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    partials_ptr,
+    dy_row_units,
+    ds_row_units,
+    s_row_units,
+    num_rows,
+    DIM: tl.constexpr,
+    UNIT: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_DS: tl.constexpr,
+    WEIGHT_GRADIENT: tl.constexpr,
+    BIAS_GRADIENT: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    # The two sums of 16384 columns are half of all registers, so a row cannot stay there. It is read twice, part by part: for
+    # its means, then for its gradient, and the second time it is in the L1 cache still. One row at a time for that reason.
+    program, step = tl.program_id(0), tl.num_programs(0)
+    cols = tl.arange(0, BLOCK)
+    dweights = (tl.zeros((BLOCK,), dtype=tl.float32),) * PARTS
+    dbiases = (tl.zeros((BLOCK,), dtype=tl.float32),) * PARTS
+    next_mean = tl.load(mean_ptr + program)
+    next_rstd = tl.load(rstd_ptr + program)
+    for row in tl.range(program, num_rows, step, num_stages=1):
+        mean, rstd = next_mean, next_rstd
+        there = row + step < num_rows
+        next_mean = tl.load(mean_ptr + row + step, mask=there, other=0.0)
+        next_rstd = tl.load(rstd_ptr + row + step, mask=there, other=0.0)
+        wide_row = row * tl.full((), 1, tl.int64)
+        s_ptrs = s_ptr + wide_row * (s_row_units * UNIT) + cols
+        dy_ptrs = dy_ptr + wide_row * (dy_row_units * UNIT) + cols
+        along_row = tl.zeros((BLOCK,), dtype=tl.float32)
+        along_ones = tl.zeros((BLOCK,), dtype=tl.float32)
+        weights = weight_ptr + cols if HAS_WEIGHT else None
+        if AT_ONCE:
+            for part in tl.static_range(PARTS):
+                along_row, along_ones = _add_part(
+                    along_row,
+                    along_ones,
+                    s_ptrs,
+                    dy_ptrs,
+                    weights,
+                    mean,
+                    rstd,
+                    part * BLOCK,
+                    cols,
+                    DIM,
+                    WEIGHT_OFFSET,
+                    HAS_WEIGHT,
+                )
+        else:
+            for part in tl.range(0, PARTS, num_stages=1):
+                along_row, along_ones = _add_part(
+                    along_row,
+                    along_ones,
+                    s_ptrs,
+                    dy_ptrs,
+                    weights,
+                    mean,
+                    rstd,
+                    part * BLOCK,
+                    cols,
+                    DIM,
+                    WEIGHT_OFFSET,
+                    HAS_WEIGHT,
+                )
+        mean_along_row = tl.sum(along_row) / DIM
+        mean_along_ones = tl.sum(along_ones) / DIM
+        new_dweights = ()
+        new_dbiases = ()
+        for part in tl.static_range(PARTS):
+            mask = part * BLOCK + cols < DIM
+            s = tl.load(s_ptrs + part * BLOCK, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            g = tl.load(dy_ptrs + part * BLOCK, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            normed = (s - mean) * rstd
+            new_dweights = new_dweights + (dweights[part] + g * normed if WEIGHT_GRADIENT else dweights[part],)  # noqa: RUF005
+            new_dbiases = new_dbiases + (dbiases[part] + g if BIAS_GRADIENT else dbiases[part],)  # noqa: RUF005
+            if HAS_WEIGHT:
+                weight = tl.load(weight_ptr + part * BLOCK + cols, mask=mask, other=0.0, eviction_policy="evict_last")
+                g *= weight.to(tl.float32) + WEIGHT_OFFSET
+            dx = (g - mean_along_ones - normed * mean_along_row) * rstd
+            if HAS_DS:
+                ds_ptrs = ds_ptr + wide_row * (ds_row_units * UNIT) + cols
+                dx += tl.load(ds_ptrs + part * BLOCK, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + wide_row * DIM + part * BLOCK + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        dweights = new_dweights
+        dbiases = new_dbiases
+    for part in tl.static_range(PARTS):
+        mask = part * BLOCK + cols < DIM
+        partial = program.to(tl.int64) * DIM + part * BLOCK + cols
+        if WEIGHT_GRADIENT:
+            tl.store(partials_ptr + partial, dweights[part], mask=mask)
+            partial += step.to(tl.int64) * DIM
+        if BIAS_GRADIENT:
+            tl.store(partials_ptr + partial, dbiases[part], mask=mask)
+
+
+_WIDE_BACKWARD = Kernel(_layer_norm_wide_bwd_kernel)
 _FORWARD, _BACKWARD = Kernel(_layer_norm_fwd_kernel), Kernel(_layer_norm_bwd_kernel)
 
 
@@ -196,6 +334,13 @@ def launch_layer_norm(
     rstd = torch.empty(shape[:-1], dtype=torch.float32, device=x.device)
     s = x if residual is None else torch.empty(shape, dtype=s_dtype, device=x.device)
     if num_rows == 0:
+        return y, s, mean, rstd
+    if blocks is None and is_ragged(dim, x.element_size(), y.element_size()) and ragged_rows.can_be_cut(x, residual, y, s):
+        blocks = ragged_forward_blocks(dim, x.element_size(), (weight is not None) + (bias is not None), *device_facts(x))
+    if blocks is not None and blocks.ragged:
+        with on_device(x):
+            added = None if residual is None else s
+            ragged_rows.launch_forward(x, residual, weight, bias, y, added, mean, rstd, eps, weight_offset, blocks)
         return y, s, mean, rstd
     rows, stride = as_rows(x)
     residual_rows, residual_stride = (None, stride) if residual is None else as_rows(residual)
@@ -258,6 +403,20 @@ def launch_layer_norm_backward(
     sums = [total for total in (dweight, dbias) if total.numel()]
     if num_rows == 0:
         return dx, dweight.zero_(), dbias.zero_()
+    if (
+        blocks is None
+        and dim <= REGISTER_COLUMNS
+        and is_ragged(dim, s.element_size(), dy.element_size())
+        and ragged_rows.can_be_cut(dy, ds, s, dx)
+    ):
+        blocks = ragged_backward_blocks(dim, s.element_size(), 2 if ds is None else 3, *device_facts(s))
+    if blocks is not None and blocks.ragged:
+        wanted = (dweight.numel() > 0, dbias.numel() > 0)
+        with on_device(s):
+            partials = ragged_rows.launch_backward(dy, ds, s, weight, mean, rstd, dx, weight_offset, *wanted, blocks)
+            if partials is not None:
+                column_sums(partials, *sums)
+        return dx, dweight, dbias
     dy_rows, dy_stride = as_rows(dy)
     ds_rows, ds_stride = (None, dy_stride) if ds is None else as_rows(ds)
     s_rows, s_stride = as_rows(s)
@@ -267,8 +426,33 @@ def launch_layer_norm_backward(
     if blocks is None and together:
         loads, itemsize = 2 if ds is None else 3, s.element_size()
         blocks = backward_blocks(dim, itemsize, itemsize, num_rows, loads, *device_facts(s))
+    elif blocks is None and sums:
+        blocks = wide_backward_blocks(dim, num_rows, device_facts(s)[0])
     elif blocks is None:
         blocks = no_weight_blocks(dim, s.element_size(), num_rows <= 2 * device_facts(s)[0])
+    if blocks.reload:
+        partials = torch.empty((len(sums), blocks.programs, dim), dtype=torch.float32, device=s.device)
+        with on_device(s):
+            _WIDE_BACKWARD(
+                (blocks.programs,),
+                (dy_rows, ds_rows, s_rows, None if weight is None else weight.contiguous(), mean, rstd, dx, partials),
+                (dy_stride // unit, ds_stride // unit, s_stride // unit, num_rows),
+                (
+                    dim,
+                    unit,
+                    weight_offset,
+                    weight is not None,
+                    ds is not None,
+                    dweight.numel() > 0,
+                    dbias.numel() > 0,
+                    -(-dim // blocks.columns),
+                    blocks.columns,
+                    blocks.stages > 1,
+                ),
+                blocks.warps,
+            )
+            column_sums(partials, *sums)
+        return dx, dweight, dbias
     programs = blocks.programs or -(-num_rows // blocks.rows)
     partials = torch.empty((len(sums), programs, dim), dtype=torch.float32, device=s.device) if together else None
     with on_device(s):

@@ -170,12 +170,14 @@ def _loss_kernel(
             logsumexp = top + tl.log(total)
             tl.store(losses_ptr + row, logsumexp - (1.0 - SMOOTHING) * at_label - SMOOTHING * mean)
             if GRADIENT:
+                # Not exp(z - logsumexp): the rounding of that number would be an error common to all words of the row.
+                share = 1.0 / total
                 for start in range(0, WIDTH, BLOCK):
                     cols = start + tl.arange(0, BLOCK)
                     mask = cols < WIDTH
                     x = tl.load(row_ptr + cols, mask=mask, other=0.0)
                     z = _logits(x, bias_ptr, cols, mask, SCALE, CAP, HAS_BIAS)
-                    d = tl.exp(z - logsumexp) - SMOOTHING / VOCAB
+                    d = tl.exp(z - top) * share - SMOOTHING / VOCAB
                     d = tl.where(cols == label, d - (1.0 - SMOOTHING), d)
                     if CAP != 0.0:
                         d *= 1.0 - (z / CAP) * (z / CAP)
@@ -268,7 +270,7 @@ def launch_linear_cross_entropy(
         chunk = rows_per_chunk or chunk_rows(num_rows, dim, vocab, dtype.itemsize, wide)
         losses = torch.empty((num_rows,), dtype=torch.float32, device=device)
         dhidden = torch.empty((num_rows if hidden_gradient else 0, dim), dtype=dtype, device=device)
-        dweight = torch.empty((vocab if weight_gradient else 0, dim), dtype=_sum_dtype(weight, wide), device=device)
+        sums = torch.empty((columns if weight_gradient else 0, dim), dtype=_sum_dtype(weight, wide), device=device)
         bias_gradient = bias_gradient and bias is not None
         dbias = torch.zeros((vocab if bias_gradient else 0,), dtype=torch.float32, device=device)
         padded = None if bias is None else F.pad(bias, (0, width - vocab))
@@ -276,7 +278,7 @@ def launch_linear_cross_entropy(
         processors, _ = device_facts(hidden)
         gradient = hidden_gradient or weight_gradient or bias_gradient
         if num_rows == 0:
-            dweight.zero_()
+            sums.zero_()
         for start in range(0, num_rows, chunk):
             part = rows[start : start + chunk]
             size = part.shape[0]
@@ -302,7 +304,7 @@ def launch_linear_cross_entropy(
             if hidden_gradient:
                 torch.mm(logits, rounded, out=dhidden[start : start + size])
             if weight_gradient:
-                _add_product(dweight, logits[:, :vocab].t(), part, start == 0)
+                _add_product(sums, logits.t(), part, start == 0)
             if bias_gradient:
                 dbias += logits[:, :vocab].sum(0, dtype=torch.float32)
         if hidden_gradient and kept is not None:
@@ -311,7 +313,7 @@ def launch_linear_cross_entropy(
             losses.sum(),
             count,
             dhidden.view(hidden.shape) if hidden_gradient else hidden.new_empty(0),
-            dweight if weight_gradient else hidden.new_empty(0),
+            sums[:vocab] if weight_gradient else hidden.new_empty(0),
             dbias if bias_gradient else hidden.new_empty(0),
         )
 

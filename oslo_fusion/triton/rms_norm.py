@@ -27,6 +27,7 @@ from oslo_fusion.ops.rms_norm import (
     rms_norm_backward_reference,
     rms_norm_reference,
 )
+from oslo_fusion.triton import ragged_rows
 from oslo_fusion.triton.launch import Kernel
 from oslo_fusion.triton.rows import (
     REGISTER_COLUMNS,
@@ -36,9 +37,12 @@ from oslo_fusion.triton.rows import (
     column_sums,
     device_facts,
     forward_blocks,
+    is_ragged,
     must_refer,
     no_weight_blocks,
     on_device,
+    ragged_backward_blocks,
+    ragged_forward_blocks,
     stride_unit,
 )
 
@@ -179,6 +183,13 @@ def launch_rms_norm(
     s = x if residual is None else torch.empty(shape, dtype=s_dtype, device=x.device)
     if num_rows == 0:
         return y, s, rstd
+    if blocks is None and is_ragged(dim, x.element_size(), y.element_size()) and ragged_rows.can_be_cut(x, residual, y, s):
+        blocks = ragged_forward_blocks(dim, x.element_size(), weight is not None, *device_facts(x))
+    if blocks is not None and blocks.ragged:
+        with on_device(x):
+            added = None if residual is None else s
+            ragged_rows.launch_forward(x, residual, weight, None, y, added, None, rstd, eps, weight_offset, blocks)
+        return y, s, rstd
     rows, stride = as_rows(x)
     residual_rows, residual_stride = (None, stride) if residual is None else as_rows(residual)
     unit = stride_unit(stride, residual_stride)
@@ -224,6 +235,21 @@ def launch_rms_norm_backward(
     )
     if num_rows == 0:
         return dx, dweight.zero_()
+    if (
+        blocks is None
+        and dim <= REGISTER_COLUMNS
+        and is_ragged(dim, s.element_size(), dy.element_size())
+        and ragged_rows.can_be_cut(dy, ds, s, dx)
+    ):
+        blocks = ragged_backward_blocks(dim, s.element_size(), 2 if ds is None else 3, *device_facts(s))
+    if blocks is not None and blocks.ragged:
+        with on_device(s):
+            partials = ragged_rows.launch_backward(
+                dy, ds, s, weight, None, rstd, dx, weight_offset, weight_gradient, False, blocks
+            )
+            if partials is not None:
+                column_sums(partials, dweight)
+        return dx, dweight
     dy_rows, dy_stride = as_rows(dy)
     ds_rows, ds_stride = (None, dy_stride) if ds is None else as_rows(ds)
     s_rows, s_stride = as_rows(s)

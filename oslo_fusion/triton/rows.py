@@ -23,6 +23,9 @@ from oslo_fusion.triton.launch import Kernel
 
 MAX_COLUMNS = 16384  # a wider row does not fit into the registers of 16 warps; 32 would be no block on an AMD GPU
 REGISTER_COLUMNS = 8192  # up to here a thread holds 16 numbers of each tensor, and all that a backward needs stays in registers
+WIDE_PART = 4096  # eight numbers per thread of 16 warps; parts of 8192 spill 144 bytes per thread in float32, these 16
+RAGGED_COLUMNS = 512  # from here on a row whose width is no multiple of 16 bytes is cut at 16-byte borders
+PHASES = 8  # after so many rows, whatever their width, a row starts at a border of eight numbers again
 _MAX_WARPS = 16
 _INTERPRETED = ("interpreter", 4, 232_448)
 
@@ -38,6 +41,7 @@ class RowBlocks:
         programs: how many programs run; 0 means one per tile.
         stages: how many tiles of a program are under way at once; 1 means that a tile is loaded when it is needed.
         reload: the weight is read again for every tile, because a row of it does not fit into registers beside the rest.
+        ragged: the row is cut at 16-byte borders (``ragged_rows.py``); then ``rows`` is 1 and ``columns`` holds the middle.
     """
 
     rows: int
@@ -46,6 +50,7 @@ class RowBlocks:
     programs: int = 0
     stages: int = 1
     reload: bool = False
+    ragged: bool = False
 
 
 def _power_of_two(number: float) -> int:
@@ -103,6 +108,61 @@ def backward_blocks(
     if columns == REGISTER_COLUMNS and wide:
         stages = 1  # enough bytes are under way without: 204 µs against 210 for 8192×8192
     return RowBlocks(rows, columns, warps, min(per_processor * processors, -(-num_rows // rows)), stages, reload)
+
+
+def wide_backward_blocks(dim: int, num_rows: int, processors: int) -> RowBlocks:
+    """How a layer norm's backward is cut that sums two gradients over rows too wide for the registers beside these sums.
+
+    Returns:
+        ``columns`` is the width of a part of the row; ``stages`` how many parts are loaded at once, all of them or one.
+    """
+    return RowBlocks(1, WIDE_PART, _MAX_WARPS, min(processors, num_rows), -(-dim // WIDE_PART), reload=True)
+
+
+def is_ragged(dim: int, *itemsizes: int) -> bool:
+    """Whether rows of this width, in any of these sizes of a number, are better cut at 16-byte borders.
+
+    Narrow rows are left as they are: a program has one row at a time there, and a tile of many short rows hides more latency.
+    """
+    return dim >= RAGGED_COLUMNS and dim * min(itemsizes) % 16 != 0
+
+
+@functools.lru_cache(maxsize=4096)
+def ragged_forward_blocks(dim: int, itemsize: int, vectors: int, processors: int, shared: int) -> RowBlocks:
+    """How a forward over ragged rows is cut: one row at a time, 16 numbers per thread.
+
+    As many programs as are resident at once, since each walks over its share of the rows: one more would run alone at the end.
+
+    Args:
+        dim, itemsize: as in :func:`forward_blocks`.
+        vectors: how many rows of weights a program keeps in registers, weight and bias.
+        processors, shared: as in :func:`backward_blocks`.
+    """
+    columns = max(16, _power_of_two(dim // 8 * 8))
+    warps = min(_MAX_WARPS, max(1, columns // 512))
+    resident = 24 if vectors == 2 else 32  # warps, of 80 and of 64 registers a thread (sm_90)
+    per_processor = max(1, min(16, resident // warps))
+    stages = 2 if per_processor * columns * itemsize <= shared - 8192 else 1
+    return RowBlocks(1, columns, warps, per_processor * processors, stages, ragged=True)
+
+
+@functools.lru_cache(maxsize=4096)
+def ragged_backward_blocks(dim: int, itemsize: int, loads: int, processors: int, shared: int) -> RowBlocks:
+    """How a backward over ragged rows is cut: each program costs a row of partial sums, so the next rows wait in shared memory.
+
+    Args:
+        dim, itemsize: as in :func:`forward_blocks`.
+        loads: how many tensors are read row by row.
+        processors, shared: as in :func:`backward_blocks`.
+    """
+    columns = max(16, _power_of_two(dim // 8 * 8))
+    warps = min(_MAX_WARPS, max(1, columns // 512))
+    per_processor = max(1, min(8, _MAX_WARPS // warps))  # of 128 registers a thread
+    waiting = columns * itemsize * loads * per_processor
+    # A third stage takes a float32 kernel to 138 registers, and of two programs one would wait for the other to end.
+    most = (2,) if itemsize > 2 else (3, 2)
+    stages = next((stages for stages in most if (stages - 1) * waiting <= shared - 8192), 1)
+    return RowBlocks(1, columns, warps, per_processor * processors, stages, ragged=True)
 
 
 def no_weight_blocks(dim: int, itemsize: int, few: bool) -> RowBlocks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,42 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
 
 import oslo_fusion
+from benchmarks.distributed import WAYS, gathered
 from oslo_fusion import models
 
 CONFIG = {"kernel_fusion": {"enable": True, "autotune": "off", "memory_efficient_fusion": True}}
-Wrap = Callable[[nn.Module], nn.Module]
 
 
-def ddp(model: nn.Module) -> nn.Module:
-    return nn.parallel.DistributedDataParallel(model)
-
-
-def fsdp2(model: nn.Module) -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def tensor_parallel(model: nn.Module) -> nn.Module:
-    """transformers' own, which puts a forward with DTensors on each projection."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
-
-    return apply_tensor_parallelism(model, init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",)))
-
-
-def _whole(gradient: Any) -> torch.Tensor:
-    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-
-
-def _train(rank: int, world: int, meeting: str, wrap: Wrap, results: Any) -> None:
+def _train(rank: int, world: int, meeting: str, way: str, results: Any) -> None:
     from oslo_fusion.aot import room
 
     room.COMPILER = "eager"
@@ -54,13 +26,13 @@ def _train(rank: int, world: int, meeting: str, wrap: Wrap, results: Any) -> Non
     try:
         model = models.build_model("llama", dtype="float32", device="cpu", size="tiny").train()
         oslo_fusion.initialize(model, CONFIG)
-        wrapped = wrap(model)
+        wrapped = WAYS[way](model, torch.device("cpu"))
         ids = torch.arange(3, 3 + 4 * 8).reshape(4, 8)
-        mine = ids if wrap is tensor_parallel else ids[rank * 2 : rank * 2 + 2]
+        mine = ids if way == "tensor parallelism" else ids[rank * 2 : rank * 2 + 2]
         for _ in range(2):
             wrapped.zero_grad(set_to_none=True)
             wrapped(input_ids=mine, labels=mine).loss.backward()
-        gradients = {name.removeprefix("module."): _whole(p.grad) for name, p in wrapped.named_parameters()}
+        gradients = {name.removeprefix("module."): gathered(p.grad) for name, p in wrapped.named_parameters()}
         report = oslo_fusion.report(wrapped)
         if rank == 0:
             record = next(row.runtime for row in report.plan.proposals if row.room == "aot")
@@ -71,12 +43,12 @@ def _train(rank: int, world: int, meeting: str, wrap: Wrap, results: Any) -> Non
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("wrap", [ddp, fsdp2, tensor_parallel])
-def test_two_processes_give_the_gradients_of_one(wrap: Wrap, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_give_the_gradients_of_one(way: str, tmp_path: Path) -> None:
     meeting = f"file://{tmp_path / 'meeting'}"  # a free port found here may be taken by the time it is used
     context = mp.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=_train, args=(rank, 2, meeting, wrap, results)) for rank in range(2)]
+    processes = [context.Process(target=_train, args=(rank, 2, meeting, way, results)) for rank in range(2)]
     for process in processes:
         process.start()
     try:

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import gpt2, readme
 from oslo_fusion import workload
+from oslo_fusion.aot import room
 
 ROOT = Path(gpt2.__file__).parent.parent
 TINY = ["--size", "tiny", "--device", "cpu", "--batch", "4", "--seq", "8", "--repeats", "2", "--dtypes", "fp32,bf16"]
@@ -28,7 +29,7 @@ def one_thread():
 
 def run(tmp_path, *arguments):
     code = gpt2.main([*TINY, "--providers", "eager,oslo_fusion", "--out", str(tmp_path), *arguments])
-    (path,) = tmp_path.glob("gpt2-cpu-*.json")
+    (path,) = tmp_path.glob("gpt2-*.json")
     return code, json.loads(path.read_text())
 
 
@@ -80,9 +81,29 @@ def test_default_providers_leave_out_one_in_training(monkeypatch, tmp_path):
     assert asked == [("forward", workload.PROVIDERS), ("training", ("eager", "compile", "oslo_fusion"))]
 
 
+def test_compiled_layers_are_timed_in_a_file_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "COMPILER", "eager")  # the graphs as they are: Inductor takes a minute here
+    code, found = run(tmp_path, "--memory-efficient", "--dtypes", "fp32", "--providers", "eager,oslo_fusion", "--size", "tiny")
+    assert code == 0
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("gpt2-memory-efficient-cpu-")
+    (section,) = found["sections"]
+    assert section["workload"]["mode"] == "forward"
+    assert section["fusion"]["kinds"]["repeated layer"] == 2
+    assert section["config"]["memory_efficient_fusion"]["scope"] == "layer"
+
+
+def test_no_section_begins_after_the_time(tmp_path):
+    code, found = run(tmp_path, "--seconds", "0")
+    assert code == 0
+    assert found["sections"] == []
+
+
 def test_bad_argument_is_one_message(capsys):
     assert gpt2.main(["--dtypes", "fp8"]) == 2
     assert "dtype: received 'fp8'" in capsys.readouterr().err
+    assert gpt2.main(["--memory-efficient", "--config", "x.yaml"]) == 2
+    assert "--memory-efficient" in capsys.readouterr().err
 
 
 def test_runs_as_a_module_from_the_root():

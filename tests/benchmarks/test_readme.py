@@ -122,6 +122,16 @@ def test_failures_are_shown(place):
     assert "that of torch.compile" not in text
 
 
+def test_compiled_layers_are_a_table_of_their_own(place):
+    forward = {**RESULT["sections"][0], "config": {"memory_efficient_fusion": {"scope": "layer"}}}
+    (place / "results" / "gpt2-memory-efficient-nvidia-test.json").write_text(json.dumps({**RESULT, "sections": [forward]}))
+    assert run(place) == 0
+    text = (place / "README.md").read_text()
+    assert text.count("**Forward, GPT-2") == text.count("**Forward with `memory_efficient_fusion`, GPT-2") == 1
+    assert "Forward with `memory_efficient_fusion`, speed of oslo_fusion: fp16 1.25×" in text
+    assert run(place, "--check") == 0
+
+
 def test_gpus_come_first(place):
     processor = {**RESULT, "device": {"type": "cpu", "name": "A processor", "driver": None}}
     (place / "results" / "gpt2-cpu.json").write_text(json.dumps(processor))

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from benchmarks import readme, tables
+from benchmarks import readme, tables, training
 
 FACTS = {
     "device": {"type": "cuda", "name": "NVIDIA Test", "driver": "580.1", "slug": "nvidia-test"},
@@ -136,7 +136,51 @@ SANITIZER = {
         {"tool": "racecheck", "verdict": "red: why", "fault_caught": False},
     ],
 }
-ALL = {"rms_norm": NORMS, "no_repeat_ngram": BANS, "training": TRAINING, "rms_norm_steps": STEPS, "sanitizer": SANITIZER}
+LOSSES = {
+    **{key: value for key, value in NORMS.items() if key != "results"},
+    "results": [
+        {
+            "shape": "A model",
+            "tokens": 100,
+            "labelled": labelled,
+            "dim": 20,
+            "vocab": 300,
+            "dtype": "bfloat16",
+            "ms": {"eager": 60.0, "ours": 40.0, "compile": compiled, "liger": 50.0},
+            "peak_mib": {"eager": 2400.4, "ours": 150.0, "compile": 400.0, "liger": 60.0},
+            "percent_of_matmul_rate": {"eager": 50.0, "ours": 75.6},
+        }
+        for labelled, compiled in ((100, 39.9), (15, 20.0))
+    ],
+}
+MODEL = {"sizes": {"num_hidden_layers": 8, "hidden_size": 2048}, "batch": 8, "seq": 2048, "dtype": "bfloat16"}
+TWO = {
+    "benchmark": "distributed",
+    **FACTS,
+    "world": 2,
+    "backend": "nccl",
+    "model": MODEL,
+    "sections": [
+        {
+            "way": "DDP",
+            "error": None,
+            "rows": [
+                step("eager", 0.3),
+                step("oslo_fusion memory-efficient", 0.25, compiled={"graphs": 1, "breaks": ["x"], "recompiles": 2}),
+            ],
+        },
+        {"way": "FSDP2", "error": "process 1: RuntimeError: a | b", "rows": []},
+    ],
+}
+ALL = {
+    "linear_cross_entropy": LOSSES,
+    "distributed": TWO,
+    "rms_norm": NORMS,
+    "no_repeat_ngram": BANS,
+    "training": TRAINING,
+    "rms_norm_steps": STEPS,
+    "sanitizer": SANITIZER,
+}
 
 
 @pytest.fixture
@@ -200,12 +244,63 @@ def test_bans(place):
 
 def test_training(place):
     text = made(place, training=TRAINING)
-    assert "| T5-base, 32 × 512 + 512 | eager | 300.0 | 330.0 | 1.00 | 250.2 | 90.0 | 1234 | 40.0 | 2.0 | 52 |" in text
+    assert "| T5-base, 32 × 512 + 512 | eager | 300.0 | 330.0 | 1.00 | 250.2 | 90.0 | 1234 | 40.0 | 0.5 | 1.5 | 52 |" in text
     assert "| liger: liger-kernel 0.8.5 has no recipe for t5 |" in text
     assert "| Llama 1.24B, 8 × 2048 | **oslo_fusion kernels** | **250.0** |" in text
-    assert "oslo_fusion kernels fused in Llama 1.24B, 8 × 2048: 33 × norm." in text
+    assert "Fused in Llama 1.24B, 8 × 2048 by oslo_fusion kernels: 33 × norm." in text
+    assert "caches were empty" not in text
     assert "The gradients of liger on Llama 1.24B, 8 × 2048 are outside the law: gradient of x: error 1." in text
     assert (place / "results" / "training.png").exists()
+
+
+def test_training_with_a_dial(place):
+    fusion = {"fused": {"repeated layer": 16}, "refused": [], "compiled": {"graphs": 1, "breaks": [], "recompiles": 0}}
+    rows = [
+        step("eager", 0.3, profile=None),
+        step("compile", 0.26, profile=None, check={"green": None, "found": None}),
+        step("oslo_fusion memory-efficient", 0.2, profile=None, fusion=fusion, cold=True),
+        step("oslo_fusion memory-efficient at 0", 0.25, profile=None, fusion=fusion, peak_bytes=9 << 30),
+        step("oslo_fusion memory-efficient at 0.5", error="OutOfMemoryError"),
+    ]
+    found = {**TRAINING, "sections": [{**section("llama", 8, 2048, rows), "commit": {"id": "fedcba98765432"}}]}
+    text = made(place, training=found)
+    assert "| Llama 1.24B, 8 × 2048 | eager | 300.0 | 330.0 | 1.00 | 40.0 | 0.5 | 1.5 | 52 |" in text
+    assert "oslo_fusion memory-efficient at 0.5: OutOfMemoryError |  |" in text
+    assert (
+        "by oslo_fusion memory-efficient, oslo_fusion memory-efficient at 0: 16 × repeated layer (1 graphs, 0 breaks," in text
+    )
+    assert "All caches were empty for oslo_fusion memory-efficient; the others" in text
+    assert "The gradients of compile on Llama 1.24B, 8 × 2048 were not compared." in text
+    assert "some models at commit `fedcba9876`." in text
+    (panel,) = tables.pictures(tables.load(place / "results"))["training.png"]
+    assert panel.spots["oslo_fusion memory-efficient at 0"] == (9.0, 8 * 2048 / 0.25)
+    assert list(panel.spots) == [row["provider"] for row in rows[:4]]
+
+
+def test_budget_of_a_provider():
+    assert [tables.budget_of(name) for name in training.PROVIDERS if name in training.COMPILED] == [
+        1.0,
+        *training.DIAL,
+        None,
+    ], "with checkpointing it is no point of the dial"
+    assert tables.budget_of("eager") is None
+
+
+def test_two_gpus(place):
+    text = made(place, distributed=TWO)
+    assert "| DDP | eager | 300.0 | 330.0 | 1.00 | 40.0 | 2.0 | – | – |" in text
+    assert "| DDP | oslo_fusion memory-efficient | 250.0 | 275.0 | 1.20 | 40.0 | 2.0 | 1 | 1, 2 |" in text
+    assert "| FSDP2: process 1: RuntimeError: a / b |  |" in text
+    assert "A Llama with 8 layers, 2048 wide, 8 × 2048 tokens" in text
+    assert "two NVIDIA Test, driver" in text
+
+
+def test_losses(place):
+    text = made(place, linear_cross_entropy=LOSSES)
+    assert "| A model: 100 × 20 × 300 | bf16 | **40.0 / 150** | 60.0 / 2400 | 39.9 / 400 | 50.0 / 60 | 76 |" in text
+    assert "| A model: 100 × 20 × 300, 15 with a label | bf16 |" in text
+    assert text.count("torch.compile is") == 1, "a tie is not said to be slower"
+    assert "A model: torch.compile is 2.00 times as fast as oslo_fusion." in text
 
 
 def test_training_that_was_not_timed(place):

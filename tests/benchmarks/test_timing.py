@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,3 +37,50 @@ def test_a_missing_gpu_is_named():
 def test_norms_run_dry(capsys):
     norms.dry()
     assert len(capsys.readouterr().out.splitlines()) == 8
+
+
+@pytest.mark.parametrize("facts", [(132, 232_448), (304, 65_536)])
+def test_a_sweep_has_the_chosen_tile_and_others(facts):
+    pytest.importorskip("triton")
+    for job in norms.SWEEPS:
+        chosen, found = norms.candidates(job, *facts)
+        assert list(found.values()).count(chosen) == 1, job.name
+        assert len(found) > 1, job.name
+
+
+CHECKS = """
+import dataclasses, torch
+from benchmarks import norms
+for small in norms.SMALL[::2]:
+    norms.check_small(*small, torch.device("cpu"))
+wide = norms.Sweep("layer_norm", "backward", 5, 9000, torch.bfloat16)
+norms.check_candidates(wide, dict(list(norms.candidates(wide, 2, 232_448)[1].items())[:3]), 5, torch.device("cpu"))
+print("green")
+"""
+
+
+def test_what_a_sweep_checks_first():
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", CHECKS],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.endswith("green\n"), done.stderr[-3000:]
+
+
+def test_rows_of_another_commit_are_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    monkeypatch.setattr(norms, "commit", lambda: "abc")
+    path = tmp_path / "rows.json"
+    assert norms.earlier(path) == []
+    for record, kept in (
+        ({"device": "GPU", "commit": "abc"}, 1),
+        ({"device": "GPU", "commit": "abd"}, 0),
+        ({"device": "X", "commit": "abc"}, 0),
+    ):
+        path.write_text(json.dumps({**record, "results": [{"op": "rms_norm"}]}))
+        assert len(norms.earlier(path)) == kept

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import sys
 import types
 from typing import ClassVar
@@ -15,7 +17,15 @@ from oslo_fusion import engine
 from oslo_fusion.workload import Workload
 
 LOAD = Workload("llama", 2, 8, "training", "bfloat16", "cpu", "tiny")
-MEASURED = {"median_s": 0.2, "p90_s": 0.3, "mean_s": 0.2, "first_step_s": 1.0, "peak_bytes": None, "repeats": 4}
+MEASURED = {"median_s": 0.2, "p90_s": 0.3, "mean_s": 0.2, "peak_bytes": None, "repeats": 5}
+PREPARED = {
+    "losses": [11.0, 10.0, 9.0],
+    "prepare_s": 0.5,
+    "first_step_s": 1.0,
+    "parameters": 100,
+    "dropout": False,
+    "fusion": None,
+}
 
 
 def test_dry_run_checks_times_and_writes(tmp_path, capsys):
@@ -37,11 +47,15 @@ def test_dry_run_checks_times_and_writes(tmp_path, capsys):
     for row in (eager, ours):
         assert row["error"] is row["absent"] is None
         assert row["repeats"] == 2 * training.CALLS
-        assert row["check"]["green"]
         assert len(row["losses"]) == training.RECORDED
         assert row["losses"][2] < row["losses"][0], "three steps on one batch did not lower its loss"
         assert row["median_s"] > 0
         assert row["percent_of_roof"] > 0
+        assert {"prepare", "time"} <= row["seconds"].keys()
+    assert "check" not in eager, "it is the yardstick"
+    assert ours["check"]["green"]
+    assert section["commit"]["id"] == "abc"
+    assert section["roof"]["matmul_flops_per_s"] > 0
     assert eager["fusion"] is None
     assert ours["fusion"]["refused"], "without a GPU the norms are refused, and that is said"
     assert eager["speedup"] == 1.0
@@ -54,21 +68,31 @@ class Canned:
     answers: ClassVar[dict[str, dict[str, tuple[str, object]]]] = {}
     asked: ClassVar[list[tuple[str, str]]] = []
 
-    def __init__(self, name, load):
+    def __init__(self, name, load, caches):
+        self.name, self.load, self.caches = name, load, caches.name
         self.row = {"provider": name, "error": None, "absent": None}
 
     def ask(self, name, *arguments):
-        provider = self.row["provider"]
+        self.begin(name, *arguments)
+        return self.end()
+
+    def begin(self, name, *arguments):
+        self.pending = name
+        if self.row["error"] is None:
+            self.asked.append((self.name, name))
+
+    def end(self):
         if self.row["error"] is not None:
             return "out", None
-        self.asked.append((provider, name))
         usual = {
-            "prepare": ("done", {"losses": [11.0, 10.0, 9.0], "prepare_s": 0.5, "parameters": 100, "fusion": None}),
+            "build": ("done", None),
+            "refer": ("done", None),
+            "prepare": ("done", PREPARED),
             "check": ("done", {"loss": {}}),
-            "time": ("done", None),
-            "finish": ("done", dict(MEASURED)),
+            "time": ("done", MEASURED),
+            "profile": ("done", {"device_ms": 1.0}),
         }
-        kind, answer = self.answers.get(provider, {}).get(name, usual[name])
+        kind, answer = copy.deepcopy(self.answers.get(self.name, {}).get(self.pending, usual[self.pending]))
         if kind == "error":
             self.row["error"] = answer
             return "out", None
@@ -86,8 +110,12 @@ def canned(monkeypatch):
     return Canned
 
 
-def measure(*names, deadline=float("inf"), rounds=2):
-    return training.measure(LOAD, names, rounds, deadline, 1e12)
+def measure(*names, seconds=float("inf"), rounds=2, **more):
+    return training.measure(LOAD, names, rounds, seconds, 1e12, **more)
+
+
+def asked(canned, what):
+    return [provider for provider, asked_for in canned.asked if asked_for == what]
 
 
 def test_providers_take_turns(canned):
@@ -118,9 +146,7 @@ def test_a_red_peer_is_timed_and_named(canned):
 
 
 def test_another_first_loss_is_not_timed(canned):
-    canned.answers["liger"] = {
-        "prepare": ("done", {"losses": [11.1, 10.0, 9.0], "prepare_s": 0.5, "parameters": 100, "fusion": None})
-    }
+    canned.answers["liger"] = {"prepare": ("done", {**PREPARED, "losses": [11.1, 10.0, 9.0]})}
     section = measure("eager", "liger")
     assert "first loss of liger: 11.1" in section["error"]
     assert not any(what == "time" for _, what in canned.asked)
@@ -135,7 +161,45 @@ def test_a_failure_is_a_row_and_the_others_go_on(canned):
 
 
 def test_one_round_is_run_even_after_the_deadline(canned):
-    assert measure("eager", deadline=float("-inf"), rounds=5)["rounds"] == 1
+    assert measure("eager", seconds=float("-inf"), rounds=5)["rounds"] == 1
+
+
+def test_the_truth_is_computed_once_and_by_the_next_if_the_first_cannot(canned):
+    measure("eager", training.OURS)
+    assert asked(canned, "refer") == ["eager"]
+    canned.answers["eager"] = {"refer": ("error", "OutOfMemoryError: no")}
+    section = measure("eager", training.OURS)
+    assert asked(canned, "refer") == ["eager", "eager", training.OURS]
+    assert section["rows"][0]["error"] == "OutOfMemoryError: no"
+    assert section["rows"][1]["check"]["green"]
+
+
+def test_whole_models_are_compiled_together_after_eager_and_ours(canned):
+    measure("eager", "compile", "liger", "liger compile", training.BEST)
+    assert asked(canned, "prepare") == [training.BEST, "eager", "compile", "liger compile", "liger"]
+    assert asked(canned, "check") == [training.BEST, "liger", "compile", "liger compile"]
+
+
+def test_with_dropout_checks_wait_for_the_compilations(canned):
+    canned.answers[training.BEST] = {"prepare": ("done", {**PREPARED, "dropout": True})}
+    canned.answers["compile"] = {**canned.answers[training.BEST], "check": ("done", None)}
+    section = measure("eager", "compile", training.BEST)
+    order = [entry for entry in canned.asked if entry[1] in ("prepare", "check")]
+    assert order.index((training.BEST, "check")) > order.index(("compile", "prepare"))
+    assert section["rows"][1]["check"] == {"green": None, "found": None}
+    assert section["error"] is None
+
+
+def test_progress_holds_what_is_there(canned):
+    seen = []
+    measure("eager", "liger", rounds=1, on_progress=lambda section: seen.append(copy.deepcopy(section)))
+    assert seen[0]["rows"][0]["prepare_s"] == 0.5
+    assert "prepare_s" not in seen[0]["rows"][1]
+    timed = [sum("median_s" in row for row in section["rows"]) for section in seen]
+    assert timed == sorted(timed)
+    assert {0, 1, 2} <= set(timed)
+    assert "profile" not in seen[-1]["rows"][0]
+    assert measure("eager", rounds=1, with_profile=True)["rows"][0]["profile"] == {"device_ms": 1.0}
 
 
 def row(provider, loss):
@@ -193,29 +257,122 @@ def test_kernels_alone_leave_the_torchscript_room_out(fuser_pretended, monkeypat
     assert "jit" not in rooms
 
 
-@pytest.mark.parametrize("name", training.MODELS)
-def test_runner_goes_through_all_its_parts(name):
+@pytest.mark.parametrize(("name", "dropout"), [("llama-1b", False), ("gpt2", True), ("t5-base", True)])
+def test_runner_goes_through_all_its_parts(name, dropout, tmp_path):
     model, _, _ = training.MODELS[name]
-    runner = training.Runner(training.OURS, Workload(model, 9, 8, "training", "bfloat16", "cpu", "tiny"))
-    assert runner.small.batch == 1
+    load = Workload(model, 6, 8, "training", "bfloat16", "cpu", "tiny")
+    runner = training.Runner(training.OURS, load)
+    runner.refer(str(tmp_path / "answers.pt"))
     found = runner.prepare()
+    assert found["dropout"] == dropout
     assert len(found["losses"]) == training.RECORDED
-    assert set(runner.check()) == {"output", "loss", "worst_gradient"}
-    weights = [p.detach().clone() for p in runner.parameters]
-    runner.time(1)
-    assert all(torch.equal(before, after) for before, after in zip(weights, runner.parameters, strict=True))
-    assert runner.finish()["repeats"] == 1
+    fresh = list(load.build().parameters())
+    assert all(torch.equal(before, after) for before, after in zip(fresh, runner.parameters, strict=True)), "not restored"
+    assert not runner.optimizer.state
+    assert set(runner.check(str(tmp_path / "answers.pt"))) == {"output", "loss", "worst_gradient"}
+    assert runner.time(1)["repeats"] == 1
+    assert runner.time(2)["repeats"] == 3
+    assert not runner.optimizer.state
+    assert all(torch.equal(before, after) for before, after in zip(fresh, runner.parameters, strict=True))
+    assert runner.profile() is None
 
 
-def test_wrong_gradient_is_red(monkeypatch):
+def test_a_whole_model_is_not_compiled_twice_for_its_check(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: None)
+    for model, checked in (("gpt2", False), ("llama", True)):
+        runner = training.Runner("compile", Workload(model, 2, 8, "training", "bfloat16", "cpu", "tiny"))
+        runner.refer(str(tmp_path / "answers.pt"))
+        runner.prepare()
+        assert (runner.check(str(tmp_path / "answers.pt")) is not None) == checked
+
+
+def test_float32_answers_in_parts_are_those_of_the_whole():
+    load = Workload("t5", 4, 8, "training", "float32", "cpu", "tiny")
+    whole, parts = (training.answers(load.build(), load, count) for count in (1, 4))
+    torch.testing.assert_close(parts.loss, whole.loss)
+    for name, gradient in whole.gradients.items():
+        torch.testing.assert_close(parts.gradients[name], gradient)
+
+
+def test_sample_of_a_gradient_meets_every_column(monkeypatch):
+    monkeypatch.setattr(training, "SAMPLE", 100)
+    gradient = torch.arange(64.0).repeat(40, 1)
+    found = training.sampled(gradient)
+    assert found.numel() <= 100
+    assert len(found.unique()) == 64
+    assert training.sampled(gradient[0]).numel() == 64
+
+
+def test_each_process_starts_with_empty_caches(monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "before")
+    monkeypatch.delenv("OSLO_FUSION_CACHE", raising=False)
+    with training.environment_of({name: f"fresh {name}" for name in training.CACHES}):
+        assert os.environ["TRITON_CACHE_DIR"] == "fresh TRITON_CACHE_DIR"
+        assert os.environ["OSLO_FUSION_CACHE"] == "fresh OSLO_FUSION_CACHE"
+    assert os.environ["TRITON_CACHE_DIR"] == "before"
+    assert "OSLO_FUSION_CACHE" not in os.environ
+
+
+@pytest.mark.parametrize("name", [training.EAGER, training.BEST])
+def test_checkpointing_is_switched_on_last(name, monkeypatch):
+    calls = []
+    monkeypatch.setattr(training.engine, "initialize", lambda model, config: calls.append("initialize"))
+    model = LOAD.build()
+    monkeypatch.setattr(model, "gradient_checkpointing_enable", lambda: calls.append("checkpointing"))
+    training.apply_provider(name + training.CHECKPOINTING, model)
+    assert calls == ["checkpointing"] if name == training.EAGER else ["initialize", "checkpointing"]
+
+
+def test_the_dial_reaches_the_configuration(monkeypatch):
+    seen = []
+    monkeypatch.setattr(training.engine, "initialize", lambda model, config: seen.append(config))
+    for name in training.COMPILED:
+        training.apply_provider(name, types.SimpleNamespace(gradient_checkpointing_enable=lambda: None))
+    budgets = [found["kernel_fusion"]["memory_efficient_fusion"]["activation_memory_budget"] for found in seen]
+    assert budgets == [1.0, 0.0, 0.1, 0.25, 0.5, 0.75, 1.0]
+
+
+def part(name, commit, seconds=1.0, torch_version="2.11.0"):
+    return {
+        "benchmark": "training",
+        "device": {"name": "X", "slug": "x"},
+        "versions": {"torch": torch_version},
+        "seconds": seconds,
+        "commit": commit,
+        "date": "today",
+        "sections": [{"name": name, "rows": []}],
+    }
+
+
+def test_merge_keeps_the_later_section_of_each_model(tmp_path, capsys):
+    files = []
+    for number, found in enumerate([part("t5-base", "a"), part("llama-1b", "b"), part("t5-base", "c", 5.0)]):
+        files.append(tmp_path / f"{number}.json")
+        files[-1].write_text(json.dumps(found))
+    assert training.main(["--merge", *map(str, files), "--out", str(tmp_path / "out")]) == 0
+    merged = json.loads((tmp_path / "out" / "training-x.json").read_text())
+    assert [(s["name"], s["commit"]) for s in merged["sections"]] == [("llama-1b", "b"), ("t5-base", "c")]
+    assert merged["seconds"] == 7.0
+    files[2].write_text(json.dumps(part("t5-base", "c", torch_version="2.13.0")))
+    assert training.main(["--merge", *map(str, files), "--out", str(tmp_path / "out")]) == 2
+    assert "other versions" in capsys.readouterr().err
+    files[1].write_text("[]")
+    assert training.main(["--merge", *map(str, files), "--out", str(tmp_path / "out")]) == 2
+    assert "1.json: no file of this benchmark" in capsys.readouterr().err
+    assert training.main(["--merge", str(files[0])]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_wrong_gradient_is_red(monkeypatch, tmp_path):
     def spoil(name, model):
         model.model.layers[0].mlp.gate_proj.weight.register_hook(lambda gradient: 1.1 * gradient)
 
     monkeypatch.setattr(training, "apply_provider", spoil)
     runner = training.Runner(training.OURS, LOAD)
+    runner.refer(str(tmp_path / "answers.pt"))
     runner.prepare()
     with pytest.raises(AssertionError, match=r"gradient of model\.layers\.0\.mlp\.gate_proj\.weight"):
-        runner.check()
+        runner.check(str(tmp_path / "answers.pt"))
 
 
 @pytest.mark.parametrize("arguments", [["--models", "bert"], ["--providers", "ligr"], ["--rounds", "0"], ["--models", ","]])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import oslo_fusion
 from oslo_fusion import probe, surgery
+from oslo_fusion.aot import room as aot_room
 from oslo_fusion.config import FusionConfig
 from oslo_fusion.environment import environment
 from oslo_fusion.kernels import LossPass, deferred, loss_sites
@@ -317,15 +318,30 @@ def test_all_does_not_take_the_logits_away(build: Any) -> None:
 
 
 @pytest.mark.usefixtures("kernels_pretended")
-def test_the_whole_forward_is_compiled_or_has_the_fused_loss(build: Any) -> None:
-    """Both stand on the model as ``forward``; the order of the passes settles it, and the row says so."""
+@pytest.mark.parametrize(("name", "parts"), [("Llama", ["model"]), ("t5", ["encoder", "decoder"])])
+def test_with_the_fused_loss_the_body_is_compiled(
+    name: str, parts: list[str], build: Any, counted: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both want the model's ``forward``: then the compiler gets what is below the head."""
+    monkeypatch.setattr(aot_room, "COMPILER", "eager")
     block = {"enable": True, "autotune": "off", "custom_cuda_kernels": ["FusedLinearCrossEntropy"]}
-    planned = oslo_fusion.plan(
-        language_model("Llama", build), {"kernel_fusion": {**block, "memory_efficient_fusion": {"scope": "model"}}}
-    )
-    outcomes = {row.site.kind: (row.outcome, row.reason) for row in planned.proposals}
-    assert outcomes[loss_sites.KIND][0] == "fused"
-    assert outcomes["whole forward"] == ("off", "taken by the kernels room: head and loss at lm_head")
+    model = language_model(name, build, num_hidden_layers=2)
+    twin, given = copy.deepcopy(model), batch(model)
+    model.config.use_cache = twin.config.use_cache = False
+    oslo_fusion.initialize(model, {"kernel_fusion": {**block, "memory_efficient_fusion": {"scope": "model"}}})
+    rows = [row for row in oslo_fusion.report(model).rows if row.site.kind == "whole forward"]
+    assert [(row.site.path, row.outcome) for row in rows] == [(f"{part}.forward", "fused") for part in parts]
+    counted.clear()
+    for part in (model, twin):
+        part(**given).loss.backward()
+    assert len(counted) == 1
+    graphs = rows[0].runtime.graphs
+    assert len(graphs) == len(parts)
+    gradients = dict(twin.named_parameters())
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[key].grad, rtol=1e-4, atol=1e-6)
+    oslo_fusion.restore(model)
+    assert all("forward" not in part.__dict__ for part in model.modules())
 
 
 def test_what_stands_on_an_instance_says_when_the_instance_is_gone(build: Any) -> None:

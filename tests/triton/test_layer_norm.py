@@ -16,7 +16,7 @@ from oslo_fusion.ops.row_cases import ROW_CASES, drawer
 from oslo_fusion.testing import assert_close_to_reference
 from oslo_fusion.triton import layer_norm as kernels
 from oslo_fusion.triton import rows
-from oslo_fusion.triton.rows import backward_blocks, forward_blocks, no_weight_blocks
+from oslo_fusion.triton.rows import backward_blocks, forward_blocks, no_weight_blocks, wide_backward_blocks
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EPS = 1e-5
@@ -101,10 +101,13 @@ def test_mixed_dtypes_and_offset(weight_dtype: torch.dtype | None, device: torch
     judge(draws, "mixed")
 
 
-@pytest.mark.parametrize("dim", [8192, 16384, 16385])
-def test_wide_rows(dim: int, device: torch.device) -> None:
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dim", [8192, 9001, 12288, 16384, 16385])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_wide_rows(dim: int, with_residual: bool, device: torch.device) -> None:
     draw = drawer(torch.float16, device)
-    judge([both_ways(draw(3, dim), draw(dim), draw(dim), draw(3, dim), 0.0, 0)], f"{dim} wide")
+    residual = draw(7, dim) if with_residual else None
+    judge([both_ways(draw(7, dim), draw(dim), draw(dim), residual, 1.0, 0)], f"{dim} wide")
 
 
 @pytest.mark.parametrize("dim", [80, 8200])
@@ -198,6 +201,34 @@ def test_kernels_compile_for_every_target(
                 # Rows that are read number by number, or are twice as wide as registers hold with ease, may spill a little.
                 spill_allowed=0 if dim % 8 == 0 and dim <= 8192 else 160,
             )
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dim", [12288, 16384])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_backward_of_wide_rows_compiles_for_every_target(
+    dim: int, dtype: str, with_residual: bool, compile_for_all_targets: Callable[..., Any]
+) -> None:
+    kernel = kernels._layer_norm_wide_bwd_kernel
+    blocks = wide_backward_blocks(dim, 32768, 132)
+    built = compile_for_all_targets(
+        kernel,
+        signature(kernel, dtype),
+        {
+            **{"DIM": dim, "UNIT": 16, "WEIGHT_OFFSET": 0.0, "HAS_WEIGHT": True, "HAS_DS": with_residual},
+            **{
+                "WEIGHT_GRADIENT": True,
+                "BIAS_GRADIENT": True,
+                "BLOCK": blocks.columns,
+                "PARTS": blocks.stages,
+                "AT_ONCE": True,
+            },
+            **({} if with_residual else {"ds_ptr": None}),
+        },
+        num_warps=blocks.warps,
+        spill_allowed=96,  # of 512 bytes of registers
+    )
+    assert re.search(r"ld\.global\S*\.v4", built["sm_90"].assembly), "the row is not read 16 bytes at a time"
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
