@@ -10,12 +10,13 @@ from __future__ import annotations
 from oslo_fusion.aot import AotPass
 from oslo_fusion.generation import GenerationPass
 from oslo_fusion.jit import TorchScriptPass
-from oslo_fusion.kernels import GatedMLPPass, LossPass, NormPass, RotaryPass
+from oslo_fusion.kernels import AttentionPass, GatedMLPPass, LossPass, NormPass, RotaryPass
 from oslo_fusion.plan import Pass
 
 PASSES: tuple[Pass, ...] = (
     NormPass(),
     RotaryPass(),
+    AttentionPass(),
     GatedMLPPass(),
     LossPass(),
     AotPass(),

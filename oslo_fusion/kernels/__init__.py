@@ -3,9 +3,10 @@
 How an operation is fast stands in ``triton/`` and ``csrc/``; where it goes into a model, here.
 """
 
+from oslo_fusion.kernels.attention_sites import AttentionPass
 from oslo_fusion.kernels.glu_sites import GatedMLPPass
 from oslo_fusion.kernels.loss_sites import LossPass
 from oslo_fusion.kernels.norm_sites import NormPass
 from oslo_fusion.kernels.rope_sites import RotaryPass
 
-__all__ = ["GatedMLPPass", "LossPass", "NormPass", "RotaryPass"]
+__all__ = ["AttentionPass", "GatedMLPPass", "LossPass", "NormPass", "RotaryPass"]

@@ -1,0 +1,251 @@
+"""Attention with T5's relative-position bias: recognised by its interface, proven by value, timed.
+
+transformers hands a bias of heads × queries × keys from the first layer of a stack to all others, and adds it to the scores; with
+a gradient it needs, ``scaled_dot_product_attention`` leaves its fast paths, computes in float32 and keeps the scores. Here the
+*table* of the bias takes the bias's place on its way through the layers: what a first layer returns as ``position_bias`` is its
+``relative_attention_bias.weight``, ``[buckets, heads]``, and each attention computes from it what it needs
+(:mod:`oslo_fusion.ops.attention`). Cross-attention, whose bias is zeros, hands on a table without rows.
+
+That works because nothing between looks at the bias, and because either all attentions of a model are sites or none is. An
+attention that runs as it was, for a cache, a mask of numbers, or attentions that are asked for, makes the bias from the table as
+the first layer would have.
+
+This file imports no triton: the operator finds its kernels at the first CUDA tensor.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from oslo_fusion import probe, surgery
+from oslo_fusion.config import FusionConfig
+from oslo_fusion.decide import HALF, Scope, Verdict, decide, dtypes_to_decide, fuses, mode_settings, propose, random, refuse
+from oslo_fusion.environment import Environment
+from oslo_fusion.kernels.norm_sites import ROOM
+from oslo_fusion.ops.attention import NAME, attention
+from oslo_fusion.ops.kernels import choices, missing
+from oslo_fusion.plan import NOTHING_TAKEN, Proposal, Site, Taken, leave
+from oslo_fusion.recognition.trace import has_hooks
+
+KERNEL = "FusedAttention"
+KIND = "attention with relative-position bias"
+TABLE = "relative_attention_bias"
+
+_BEFORE = "scaled_dot_product_attention, bias of heads × queries × keys"
+_PARAMETERS = ("hidden_states", "mask", "key_value_states", "position_bias", "past_key_values")
+_PROJECTIONS = ("q", "k", "v", "o")
+_NUMBERS = ("n_heads", "key_value_proj_dim", "relative_attention_num_buckets", "relative_attention_max_distance", "scaling")
+_SDPA = "sdpa"
+_PROVEN = (2, 45)  # samples, tokens
+_TIMED = (8, 512)
+
+
+class FusedRelativeAttention(nn.Module):
+    """Donor for attention with T5's bias. The projections are called as modules, so that their hooks and adapters work.
+
+    What was not planned for runs as it was: another device or dtype, a cache, a mask that is not boolean, attentions asked for,
+    another ``attn_implementation``.
+    """
+
+    _oslo_fusion_settings: dict[str, Any]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        this: Any = self
+        table = position_bias if position_bias is not None and position_bias.dim() == 2 else None
+        given = {"mask": mask, "key_value_states": key_value_states, "past_key_values": past_key_values, **kwargs}
+        if past_key_values is None and (table is not None or position_bias is None) and self._is_planned(mask, kwargs):
+            source = hidden_states if key_value_states is None else key_value_states
+            q = self._heads(this.q(hidden_states))
+            if fuses(self._oslo_fusion_settings, q):
+                if table is None:
+                    table = self._own_table(q)
+                out = self._attend(q, self._heads(this.k(source)), self._heads(this.v(source)), mask, table)
+                return this.o(out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), table, None
+        if table is None:
+            return super().forward(hidden_states, position_bias=position_bias, **given)
+        position_bias = self._bias(table, hidden_states, key_value_states, past_key_values)
+        output, _, *rest = super().forward(hidden_states, position_bias=position_bias, **given)
+        return output, table, *rest
+
+    def _is_planned(self, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+        this: Any = self
+        if kwargs.get("output_attentions") or this.config._attn_implementation != _SDPA:
+            return False
+        return mask is None and not (this.has_relative_attention_bias and has_hooks(getattr(self, TABLE)))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        this: Any = self
+        return x.unflatten(-1, (-1, this.key_value_proj_dim)).transpose(1, 2)
+
+    def _own_table(self, q: Tensor) -> Tensor:
+        this: Any = self
+        if this.has_relative_attention_bias:
+            weight: Tensor = getattr(self, TABLE).weight
+            return weight
+        return q.new_zeros((0, q.shape[1]))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, table: Tensor) -> Tensor:
+        this: Any = self
+        return attention(
+            q,
+            k,
+            v,
+            scale=this.scaling,
+            causal=this.is_causal and q.shape[2] > 1,
+            bias_table=table if table.shape[0] else None,
+            bidirectional=not this.is_decoder,
+            max_distance=this.relative_attention_max_distance,
+            dropout=this.dropout if this.training else 0.0,
+        )
+
+    def _bias(self, table: Tensor, hidden_states: Tensor, key_value_states: Tensor | None, cache: Any) -> Tensor | None:
+        """The bias that the table stands for, as the first layer makes it; None where that is zeros."""
+        this: Any = self
+        if not table.shape[0]:
+            return None
+        queries = hidden_states.shape[1]
+        seen = 0 if cache is None else cache.get_seq_length(this.layer_idx)
+        keys = queries + seen if key_value_states is None else key_value_states.shape[1]
+        position = torch.arange(queries, device=table.device)[:, None] + seen
+        buckets = this._relative_position_bucket(
+            torch.arange(keys, device=table.device)[None, :] - position,
+            bidirectional=not this.is_decoder,
+            num_buckets=this.relative_attention_num_buckets,
+            max_distance=this.relative_attention_max_distance,
+        )
+        return F.embedding(buckets, table).permute(2, 0, 1).unsqueeze(0)
+
+
+class AttentionPass:
+    """Computes T5's attention without its scores in memory, where ``custom_cuda_kernels`` asks for it."""
+
+    name = ROOM
+    kernels: tuple[str, ...] = (KERNEL,)
+
+    def propose(
+        self, model: nn.Module, config: FusionConfig, environment: Environment, taken: Taken = NOTHING_TAKEN
+    ) -> Iterator[Proposal]:
+        """Yield one proposal per attention module, all fused or none, and a refusal if the name was given and there is none."""
+        everything = "all" in config.custom_cuda_kernels
+        if not everything and KERNEL not in config.custom_cuda_kernels:
+            return
+        wish = Site(f"kernel_fusion.custom_cuda_kernels: {KERNEL}", "configuration", "-")
+        if not config.enable:
+            yield Proposal(wish, ROOM, "-", "-", "off", "enable is false")
+            return
+        scope = Scope(config, environment)
+        found: list[tuple[str, Any]] = [(path, module) for path, module in model.named_modules() if is_site(module)]
+        rows = [leave(_propose(path, module, scope), taken) for path, module in found]
+        odd = {_use(module): row for (_, module), row in zip(found, rows, strict=True) if row.outcome != "fused"}
+        for (_, module), row in zip(found, rows, strict=True):
+            if row.outcome == "fused" and _use(module) in odd:
+                # A table that reaches a module which does not know it would be taken for a bias.
+                reason = f"the layers hand their bias on, and {odd[_use(module)].site.path} is not fused"
+                row = refuse(ROOM, row.site, _BEFORE, reason)
+            yield row
+        if not found and not everything:
+            reason = f"no part of this {type(model).__name__} is attention with a relative-position bias as T5 has it"
+            yield refuse(ROOM, wish, "-", reason)
+
+
+def is_site(module: nn.Module) -> bool:
+    """Whether a module has the interface of transformers' ``T5Attention``. Whether it computes the same is proven later."""
+    if any(not isinstance(getattr(module, name, None), nn.Module) for name in _PROJECTIONS):
+        return False
+    if any(not isinstance(getattr(module, name, None), (int, float)) for name in _NUMBERS):
+        return False
+    if not callable(getattr(module, "_relative_position_bucket", None)) or not hasattr(module, "has_relative_attention_bias"):
+        return False
+    parameters = list(inspect.signature(type(module).forward).parameters)
+    return tuple(name for name in parameters if name not in ("self", "kwargs")) == _PARAMETERS
+
+
+def _propose(path: str, module: Any, scope: Scope) -> Proposal:
+    site = Site(path, KIND, type(module).__name__)
+    parameters = [p for p in module.parameters() if p.is_floating_point()]
+    device, dtype = parameters[0].device, parameters[0].dtype
+    if device.type == "meta":
+        return refuse(ROOM, site, _BEFORE, "it has no memory yet (meta device)")
+    if any(p.device != device or p.dtype != dtype for p in parameters):
+        return refuse(ROOM, site, _BEFORE, "its parameters are on different devices or of different dtypes")
+    if "forward" in module.__dict__:
+        return refuse(ROOM, site, _BEFORE, "its forward was replaced on the instance")
+    if dtype not in (torch.float32, *HALF):
+        return refuse(ROOM, site, _BEFORE, f"no kernel for weights of {str(dtype).removeprefix('torch.')}")
+    if module.config._attn_implementation != _SDPA:
+        return refuse(ROOM, site, _BEFORE, f"attn_implementation is {module.config._attn_implementation!r}, not {_SDPA!r}")
+    if not choices(NAME, device.type, scope.config.kernel):
+        return refuse(ROOM, site, _BEFORE, missing(NAME, device.type, scope.config.kernel))
+    numbers = tuple(getattr(module, name) for name in _NUMBERS)
+    key = (KIND, type(module), module.is_decoder, module.is_causal, numbers, device, dtype)
+    verdict: Verdict = scope.once(key, lambda: _decide(module, device, dtype, scope.config.autotune))
+    return propose(
+        ROOM,
+        site,
+        verdict,
+        _BEFORE,
+        "attention, bias from its table inside the kernel, forward and backward",
+        FusedRelativeAttention,
+        mode_settings(device, verdict),
+    )
+
+
+def _use(module: Any) -> tuple[bool, bool]:
+    """What tells the encoder's attention, the decoder's, and the decoder's of the encoder apart: each hands its own bias on."""
+    return module.is_decoder, module.is_causal
+
+
+def _decide(module: Any, device: torch.device, dtype: torch.dtype, autotune: str) -> Verdict:
+    """Prove and time the module: self-attention with a bias table, cross-attention without."""
+    cross = module.is_decoder and not module.is_causal
+    before: Any = probe.shadow(module).eval()
+    if not cross and not before.has_relative_attention_bias:
+        before.has_relative_attention_bias = True
+        setattr(before, TABLE, nn.Embedding(module.relative_attention_num_buckets, module.n_heads, device=device, dtype=dtype))
+    after: Any = probe.shadow(before).eval()
+    everything = frozenset((torch.float32, *HALF))
+    surgery.swap(after, FusedRelativeAttention, {"device": device.type, "inference": everything, "training": everything})
+    width, table = module.q.in_features, (module.relative_attention_num_buckets, module.n_heads)
+
+    def run(which: Any) -> Callable[..., Tensor]:
+        def function(hidden: Tensor, other: Tensor) -> Tensor:
+            weights = {name: p.to(hidden.dtype) for name, p in which.named_parameters()}
+            if not cross:
+                weights[f"{TABLE}.weight"] = other
+            named = {"key_value_states": other} if cross else {}
+            result: Tensor = functional_call(which, weights, (hidden,), named)[0]
+            return result
+
+        return function
+
+    def inputs(samples: int, tokens: int) -> Callable[[torch.dtype], list[Tensor]]:
+        def make(wanted: torch.dtype) -> list[Tensor]:
+            other = (samples, tokens, width) if cross else table
+            return [random(*shape, device=device, dtype=wanted) for shape in ((samples, tokens, width), other)]
+
+        return make
+
+    return decide(
+        (ROOM, KIND, *_use(module), module.n_heads, module.key_value_proj_dim),
+        run(before),
+        run(after),
+        inputs(*_PROVEN),
+        inputs(*_TIMED),
+        dtypes_to_decide(device, dtype),
+        autotune,
+    )
