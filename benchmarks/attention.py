@@ -247,7 +247,7 @@ def measure(name: str, case: AttentionCase, dtype: torch.dtype, device: torch.de
             "peak_mib": {provider: round(value / 2**20, 1) for provider, value in peaks.items()} if what != "forward" else {},
             "left_out": left_out,
         }
-    backward = {n: times["forward + backward"][n] - times["forward"][n] for n in steps}
+    backward = {n: max(times["forward + backward"][n] - times["forward"][n], 1e-3) for n in steps if n in forwards}
     yield {
         "shape": name,
         "what": "backward, by difference",
