@@ -1,14 +1,14 @@
 """Attention with T5's relative-position bias: recognised by its interface, proven by value, timed.
 
-transformers hands a bias of heads × queries × keys from the first layer of a stack to all others, and adds it to the scores; with
-a gradient it needs, ``scaled_dot_product_attention`` leaves its fast paths, computes in float32 and keeps the scores. Here the
-*table* of the bias takes the bias's place on its way through the layers: what a first layer returns as ``position_bias`` is its
-``relative_attention_bias.weight``, ``[buckets, heads]``, and each attention computes from it what it needs
-(:mod:`oslo_fusion.ops.attention`). Cross-attention, whose bias is zeros, hands on a table without rows.
+transformers hands a bias of heads × queries × keys from the first layer of a stack to all others and adds it to the scores.
+Since it wants a gradient, ``scaled_dot_product_attention`` leaves its fast paths, computes in float32 and keeps the scores.
+Here the *table* of the bias takes the bias's place on its way through the layers: what a first layer returns as
+``position_bias`` is its ``relative_attention_bias.weight``, ``[buckets, heads]``, and each attention computes from it what it
+needs (:mod:`oslo_fusion.ops.attention`). Cross-attention, whose bias is zeros, hands on a table without rows.
 
-That works because nothing between looks at the bias, and because either all attentions of a model are sites or none is. An
-attention that runs as it was, for a cache, a mask of numbers, or attentions that are asked for, makes the bias from the table as
-the first layer would have.
+That works because nothing between looks at the bias, and because either all attentions of a kind are sites or none is. An
+attention that runs as it was, for a cache, a mask, or attentions that are asked for, makes the bias from the table as the
+first layer would have.
 
 This file imports no triton: the operator finds its kernels at the first CUDA tensor.
 """
@@ -50,8 +50,8 @@ _TIMED = (8, 512)
 class FusedRelativeAttention(nn.Module):
     """Donor for attention with T5's bias. The projections are called as modules, so that their hooks and adapters work.
 
-    What was not planned for runs as it was: another device or dtype, a cache, a mask that is not boolean, attentions asked for,
-    another ``attn_implementation``.
+    What was not planned for runs as it was: another device or dtype, a cache, a mask, attentions asked for, another
+    ``attn_implementation``.
     """
 
     _oslo_fusion_settings: dict[str, Any]
@@ -90,7 +90,8 @@ class FusedRelativeAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         this: Any = self
-        return x.unflatten(-1, (-1, this.key_value_proj_dim)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (-1, this.key_value_proj_dim)).transpose(1, 2)
+        return heads
 
     def _own_table(self, q: Tensor) -> Tensor:
         this: Any = self
