@@ -43,6 +43,7 @@ _PARAMETERS = ("hidden_states", "mask", "key_value_states", "position_bias", "pa
 _PROJECTIONS = ("q", "k", "v", "o")
 _NUMBERS = ("n_heads", "key_value_proj_dim", "relative_attention_num_buckets", "relative_attention_max_distance", "scaling")
 _SDPA = "sdpa"
+_UPDATED = "is_updated"  # what transformers' pair of caches has, and a single one has not
 _PROVEN = (2, 45)  # samples, tokens
 _TIMED = (8, 512)
 
@@ -68,13 +69,15 @@ class FusedRelativeAttention(nn.Module):
         this: Any = self
         table = position_bias if position_bias is not None and position_bias.dim() == 2 else None
         given = {"mask": mask, "key_value_states": key_value_states, "past_key_values": past_key_values, **kwargs}
-        if past_key_values is None and (table is not None or position_bias is None) and self._is_planned(mask, kwargs):
-            source = hidden_states if key_value_states is None else key_value_states
+        cross = key_value_states is not None
+        if (table is not None or position_bias is None) and self._is_planned(mask, past_key_values, cross, kwargs):
             q = self._heads(this.q(hidden_states))
             if fuses(self._oslo_fusion_settings, q):
+                source = key_value_states if key_value_states is not None else hidden_states
+                k, v = self._kept(self._heads(this.k(source)), self._heads(this.v(source)), past_key_values, cross)
                 if table is None:
                     table = self._own_table(q)
-                out = self._attend(q, self._heads(this.k(source)), self._heads(this.v(source)), mask, table)
+                out = self._attend(q, k, v, table)
                 return this.o(out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), table, None
         if table is None:
             return super().forward(hidden_states, position_bias=position_bias, **given)
@@ -82,11 +85,31 @@ class FusedRelativeAttention(nn.Module):
         output, _, *rest = super().forward(hidden_states, position_bias=position_bias, **given)
         return output, table, *rest
 
-    def _is_planned(self, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    def _is_planned(self, mask: Tensor | None, cache: Any, cross: bool, kwargs: dict[str, Any]) -> bool:
         this: Any = self
-        if kwargs.get("output_attentions") or this.config._attn_implementation != _SDPA:
+        if mask is not None or kwargs.get("output_attentions") or this.config._attn_implementation != _SDPA:
             return False
-        return mask is None and not (this.has_relative_attention_bias and has_hooks(getattr(self, TABLE)))
+        if this.has_relative_attention_bias and has_hooks(getattr(self, TABLE)):
+            return False
+        if cache is None:
+            return True
+        # A cache that grows and has nothing yet, as a training step makes one: what it is given is what it returns.
+        if getattr(_part(cache, cross), "is_compileable", False):
+            return False
+        if cross:
+            return hasattr(cache, _UPDATED) and not cache.is_updated.get(this.layer_idx)
+        seen = cache.get_seq_length(this.layer_idx)
+        return isinstance(seen, int) and seen == 0
+
+    def _kept(self, k: Tensor, v: Tensor, cache: Any, cross: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values as the cache returns them when it is given them."""
+        if cache is None:
+            return k, v
+        this: Any = self
+        k, v = _part(cache, cross).update(k, v, this.layer_idx)
+        if cross:
+            cache.is_updated[this.layer_idx] = True
+        return k, v
 
     def _heads(self, x: Tensor) -> Tensor:
         this: Any = self
@@ -100,7 +123,7 @@ class FusedRelativeAttention(nn.Module):
             return weight
         return q.new_zeros((0, q.shape[1]))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, table: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
         this: Any = self
         return attention(
             q,
@@ -130,6 +153,13 @@ class FusedRelativeAttention(nn.Module):
             max_distance=this.relative_attention_max_distance,
         )
         return F.embedding(buckets, table).permute(2, 0, 1).unsqueeze(0)
+
+
+def _part(cache: Any, cross: bool) -> Any:
+    """Of a pair of caches the one that an attention fills; or the cache, where there is one only."""
+    if not hasattr(cache, _UPDATED):
+        return cache
+    return cache.cross_attention_cache if cross else cache.self_attention_cache
 
 
 class AttentionPass:
