@@ -99,11 +99,51 @@ def build(
     return model.to(device, dtype).train()
 
 
+class Training:
+    """An ordinary training loop's state: AdamW, a short warm-up of the learning rate, gradients clipped at norm 1.
+
+    Args:
+        model: in training mode; it is changed in place.
+        batch_seed: of the pieces of text, in their order.
+        autocast: dtype of the matrix products; None is that of the parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        text: Text,
+        size: Size,
+        *,
+        batch_seed: int = 0,
+        learning_rate: float = 1e-3,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.autocast = model, autocast
+        self.parameters = list(model.parameters())
+        self.device = self.parameters[0].device
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, fused=True)
+        self.warm_up = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / 20))
+        self.draw = text.batches(size, batch_seed)
+        self.losses: list[float] = []
+
+    def step(self) -> None:
+        """Forward, backward and the optimizer, on the next piece of text; returns when the device is done."""
+        ids = self.draw().to(self.device)
+        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            loss = self.model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.warm_up.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(float(loss.detach()))
+
+
 @dataclass
 class Run:
     """What a training run recorded: the loss and the seconds of each step, and what ``every`` returned."""
 
-    losses: list[float] = field(default_factory=list)
+    losses: list[float]
     seconds: list[float] = field(default_factory=list)
     notes: dict[int, Any] = field(default_factory=dict)
 
@@ -114,39 +154,24 @@ def train(
     size: Size,
     steps: int,
     *,
-    batch_seed: int = 0,
     dropout_seed: int = 0,
-    learning_rate: float = 1e-3,
-    autocast: torch.dtype | None = None,
     every: tuple[int, Callable[[nn.Module], Any]] | None = None,
+    **options: Any,
 ) -> Run:
-    """An ordinary training loop: AdamW, a short warm-up of the learning rate, gradients clipped at norm 1.
+    """Train for a number of steps.
 
     Args:
-        model: in training mode; it is changed in place.
-        batch_seed: of the pieces of text, in their order.
         dropout_seed: of torch's global generator, from which dropout draws. Its state afterwards is what it was before.
-        autocast: dtype of the matrix products; None is that of the parameters.
         every: ``(n, function)`` calls ``function(model)`` after each n steps, outside of the measured seconds.
+        options: of :class:`Training`.
     """
-    parameters = list(model.parameters())
-    device = parameters[0].device
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, fused=True)
-    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
-    draw, run = text.batches(size, batch_seed), Run()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    training = Training(model, text, size, **options)
+    run = Run(training.losses)
+    with torch.random.fork_rng(devices=[training.device] if training.device.type == "cuda" else []):
         torch.manual_seed(dropout_seed)
         for step in range(1, steps + 1):
-            ids = draw().to(device)
             begin = time.perf_counter()
-            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            warm_up.step()
-            optimizer.zero_grad(set_to_none=True)
-            run.losses.append(float(loss.detach()))  # waits for the device
+            training.step()
             run.seconds.append(time.perf_counter() - begin)
             if every is not None and step % every[0] == 0:
                 run.notes[step] = every[1](model)
