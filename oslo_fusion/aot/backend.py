@@ -274,6 +274,11 @@ def _matcher(replacements: Sequence[Replacement]) -> GraphPass:
             register_replacement(replacement.pattern, replacement.kernel, example, trace, [patterns])
 
     def apply(graph: fx.Graph) -> None:
+        # What an operator keeps of its own result (tanh, a sigmoid) reaches the backward by an alias; no pattern has one.
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
+            node.replace_all_uses_with(node.args[0], delete_user_cb=lambda user: user.op != "output")
+            if not node.users:
+                graph.erase_node(node)
         if patterns.apply(graph):
             stable_topological_sort(graph)  # a replacement stands where its pattern began, before some of its inputs
 
