@@ -96,6 +96,7 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # transformers would take it anyway, with a warning from inside of the forward
     return model.to(device, dtype).train()
 
 
