@@ -15,7 +15,7 @@ EXTRAS := bench,demo,dev,test,tutorials
 .NOTPARALLEL:
 
 help:
-	@echo "make demo       a real model on real sentences: plan, before and after, report"
+	@echo "make demo       a real model on real sentences, and a small one trained: before and after, report"
 	@echo "make test       the tests                      (PYTEST_ARGS='-k name' to choose)"
 	@echo "make check      lint, formatting, types, import layers"
 	@echo "make lint       ruff only"
@@ -27,6 +27,7 @@ help:
 
 demo: $(STAMP)
 	@$(BIN)/python demo/embed.py
+	@$(BIN)/python -m demo.train
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)

@@ -905,7 +905,7 @@ def _sweep_measurement(workload: Workload, config: Any, repeats: int, warmup: in
     inputs = workload.inputs(model)
     watch = Stopwatch(lambda: step(inputs), device)
     watch.warm_up(warmup)
-    saved = _saved_bytes(model, inputs)
+    saved = saved_bytes(model, inputs)
     resident = _allocated(device) - before
     watch.time(repeats)
     measured = watch.measurement(resident)
@@ -918,7 +918,7 @@ def _sweep_measurement(workload: Workload, config: Any, repeats: int, warmup: in
     }
 
 
-def _saved_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+def saved_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """Bytes that autograd keeps from a forward for its backward, parameters not counted."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}

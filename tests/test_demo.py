@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from demo import embed
+from demo import embed, train
+from tutorials.small_gpt import SIZES
 
 CPU = torch.device("cpu")
 TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 515}
@@ -131,6 +132,38 @@ def test_a_model_that_is_not_restored_is_noticed() -> None:
     assert not embed.is_as_before(model, untouched, ids)
 
 
+def test_training_is_compiled_timed_and_restored(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.training_demo(CPU, SIZES["tiny"], seconds=0.1)
+    text = capsys.readouterr().out
+    for expected in (
+        "compiled once for all",
+        "1 graph, 0 breaks, 0 recompiles",
+        "one step (forward, backward, AdamW): before",
+        "kept from forward to backward: before",
+        "first step, with compilation",
+        "its gradient under the law",
+        "restore(): classes are as before",
+    ):
+        assert expected in text
+    assert "BROKEN" not in text
+
+
+def test_a_wrong_gradient_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    model, untouched = (train.build(train.Text(), SIZES["tiny"]) for _ in range(2))
+    ids = torch.arange(16).reshape(1, 16)
+    assert train.answers_hold(model, untouched, ids)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.bias[0] += 0.01
+    assert not train.answers_hold(model, untouched, ids)
+    assert "BROKEN" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("same", "status"), [(True, 0), (False, 1)])
+def test_exit_status_of_the_training_part(monkeypatch: pytest.MonkeyPatch, same: bool, status: int) -> None:
+    monkeypatch.setattr(train, "training_demo", lambda *_: same)
+    assert train.main(["--device", "cpu"]) == status
+
+
 @pytest.mark.parametrize(("same", "status"), [(True, 0), (False, 1)])
 def test_exit_status(monkeypatch: pytest.MonkeyPatch, same: bool, status: int) -> None:
     monkeypatch.setattr(embed, "sentence_demo", lambda *_: True)
@@ -148,14 +181,16 @@ def test_missing_package_is_a_remedy_not_a_traceback(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is visible")
 def test_asking_for_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    assert embed.main(["--device", "cuda"]) == 2
-    assert "Remedy: --device cpu" in capsys.readouterr().err
+    for part in (embed, train):
+        assert part.main(["--device", "cuda"]) == 2
+        assert "Remedy: --device cpu" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
 @needs_minilm
 def test_everything_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert embed.main(["--device", "cuda"]) == 0
+    assert train.main(["--device", "cuda"]) == 0
     text = capsys.readouterr().out
     assert "float16" in text
     assert "BROKEN" not in text

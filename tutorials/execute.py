@@ -82,7 +82,7 @@ def main() -> None:
     for name in sys.argv[1:]:
         path = Path(name)
         with tempfile.TemporaryDirectory() as folder:
-            os.environ["IPYTHONDIR"] = folder
+            os.environ.update(IPYTHONDIR=folder, TORCHINDUCTOR_CACHE_DIR=folder)  # a first run, as readers have it
             text = canonical(execute(path, Path(folder)))
         path.write_text(text, encoding="utf-8")
         print(f"executed and saved: {path}")

@@ -84,6 +84,43 @@ def test_a_kernel_of_ones_own_replaces_a_pattern_forward_and_backward() -> None:
     assert len(calls) == 3, "another backend has nothing of it"
 
 
+@torch.library.custom_op("oslo_fusion_test::gelu", mutates_args=())
+def gelu(x: Tensor) -> Tensor:
+    calls.append("forward")
+    return F.gelu(x, approximate="tanh")
+
+
+@torch.library.custom_op("oslo_fusion_test::gelu_backward", mutates_args=())
+def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    calls.append("backward")
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+
+
+gelu.register_fake(torch.empty_like)
+gelu_backward.register_fake(lambda grad, x: torch.empty_like(x))
+gelu.register_autograd(
+    lambda ctx, grad: gelu_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def test_a_pattern_whose_gradient_uses_a_result_of_its_own() -> None:
+    """As that of a tanh does. GPT-2's activation has one in the middle."""
+    from transformers.activations import NewGELUActivation
+
+    act = NewGELUActivation()
+    replacement = Replacement(pattern=lambda x: act(x), kernel=lambda x: gelu(x), example=(torch.randn(2, 3, 4),))
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    (expected,) = torch.autograd.grad(act(x).square().sum(), x)
+    compiled = torch.compile(lambda x: act(x), backend=Backend(replacements=[replacement], compiler="eager"))
+    calls.clear()
+    (gradient,) = torch.autograd.grad(compiled(x).square().sum(), x)
+    assert calls == ["forward", "backward"]
+    torch.testing.assert_close(gradient, expected)
+    result = torch.compile(lambda x: x.tanh(), backend=Backend(replacements=[replacement], compiler="eager"))(x)
+    torch.testing.assert_close(torch.autograd.grad(result.sum(), x)[0], 1 - x.tanh().square())
+
+
 def test_replacements_by_name_in_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     from oslo_fusion.aot import room
 
