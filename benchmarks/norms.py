@@ -278,7 +278,7 @@ def candidates(job: Sweep, processors: int, shared: int) -> tuple[Any, dict[str,
     if job.kind == "backward":
         chosen = tiles.ragged_backward_blocks(job.width, size, 2, vectors, processors, shared)
         return chosen, {"chosen": chosen}
-    chosen = tiles.ragged_forward_blocks(job.width, size, vectors, processors)
+    chosen = tiles.ragged_forward_blocks(job.width, size, vectors, False, processors)
     found = {"chosen": chosen}
     if job.width == 4098:
         found["as it lies"] = lies
@@ -346,7 +346,7 @@ def check_small(op: str, width: int, dtype: torch.dtype, device: torch.device) -
     from oslo_fusion.triton.rows import ragged_backward_blocks, ragged_forward_blocks
 
     blocks = {
-        "forward": ragged_forward_blocks(width, dtype.itemsize, 1, 1),
+        "forward": ragged_forward_blocks(width, dtype.itemsize, 1, False, 1),
         "backward": ragged_backward_blocks(width, dtype.itemsize, 2, 1, 1, 65_536),
     }
     for kind, chosen in blocks.items():

@@ -345,7 +345,8 @@ def launch_layer_norm(
         and is_ragged(dim, RAGGED_FORWARD, x.element_size(), y.element_size())
         and ragged_rows.can_be_cut(x, residual, y, s)
     ):
-        blocks = ragged_forward_blocks(dim, x.element_size(), (weight is not None) + (bias is not None), device_facts(x)[0])
+        vectors = (weight is not None) + (bias is not None)
+        blocks = ragged_forward_blocks(dim, x.element_size(), vectors, residual is not None, device_facts(x)[0])
     if blocks is not None and blocks.ragged:
         with on_device(x):
             added = None if residual is None else s

@@ -141,7 +141,7 @@ def is_ragged(dim: int, least: int, *itemsizes: int) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def ragged_forward_blocks(dim: int, itemsize: int, vectors: int, processors: int) -> RowBlocks:
+def ragged_forward_blocks(dim: int, itemsize: int, vectors: int, added: bool, processors: int) -> RowBlocks:
     """How a forward over ragged rows is cut: one row at a time.
 
     As many programs as are resident at once, since each walks over its share of the rows: one more would run alone at the end.
@@ -149,6 +149,7 @@ def ragged_forward_blocks(dim: int, itemsize: int, vectors: int, processors: int
     Args:
         dim, itemsize: as in :func:`forward_blocks`.
         vectors: how many rows of weights a program keeps in registers, weight and bias.
+        added: whether a residual is added; with it, three programs of 16 warps are no longer resident (54 registers).
         processors: multiprocessors of the device.
     """
     columns = max(16, _power_of_two(dim // 8 * 8))
@@ -156,7 +157,7 @@ def ragged_forward_blocks(dim: int, itemsize: int, vectors: int, processors: int
     # against 283), 16 beside a bias (268).
     if itemsize == 2 and columns > 1024:
         numbers = 32
-    elif itemsize == 2 or vectors == 2:
+    elif itemsize == 2 or vectors == 2 or added:
         numbers = 16
     else:
         numbers = 8

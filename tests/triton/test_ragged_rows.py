@@ -92,7 +92,7 @@ def law(op: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.devic
     """Several draws judged together: over few numbers the largest error is a matter of luck."""
     rows, dim = shape
     blocks = (
-        replace(few_programs(ragged_forward_blocks(dim, dtype.itemsize, 2, FACTS[0])), ahead=kinds.get("ahead", 0)),
+        replace(few_programs(ragged_forward_blocks(dim, dtype.itemsize, 2, not plain, FACTS[0])), ahead=kinds.get("ahead", 0)),
         few_programs(ragged_backward_blocks(dim, dtype.itemsize, 3, 2, *FACTS)),
     )
     vectors = kinds.get("vectors", dtype)
@@ -224,7 +224,7 @@ def test_which_rows_are_cut() -> None:
 @pytest.mark.parametrize("shared", [65_536, 166_912, 232_448])
 @pytest.mark.parametrize("vectors", [1, 2])
 def test_blocks_hold_the_middle_and_what_waits_fits(dim: int, itemsize: int, shared: int, vectors: int) -> None:
-    forward = ragged_forward_blocks(dim, itemsize, vectors, 132)
+    forward = ragged_forward_blocks(dim, itemsize, vectors, False, 132)
     backward = ragged_backward_blocks(dim, itemsize, 3, vectors, 132, shared)
     for blocks, loads in ((forward, 1), (backward, 3)):
         assert blocks.ragged
@@ -244,8 +244,11 @@ def test_blocks_are_those_of_the_sweep() -> None:
         assert blocks.columns == 4096
         return blocks.warps, blocks.programs // 132, blocks.stages
 
-    forward = {(size, vectors): cut(ragged_forward_blocks(4097, size, vectors, 132)) for size in (2, 4) for vectors in (1, 2)}
+    forward = {
+        (size, vectors): cut(ragged_forward_blocks(4097, size, vectors, False, 132)) for size in (2, 4) for vectors in (1, 2)
+    }
     assert forward == {(2, 1): (4, 5, 1), (2, 2): (4, 4, 1), (4, 1): (16, 3, 1), (4, 2): (8, 3, 1)}
+    assert cut(ragged_forward_blocks(4097, 4, 1, True, 132)) == (8, 4, 1)
     backward = {
         (size, sums): cut(ragged_backward_blocks(4097, size, 2, sums, 132, 232_448)) for size in (2, 4) for sums in (1, 2)
     }
@@ -279,7 +282,7 @@ def test_kernels_compile_for_every_target(
     forward_absent = absent | ({} if with_residual else {"residual_ptr": None, "s_ptr": None})
     backward_absent = {k: v for k, v in absent.items() if k != "bias_ptr"} | ({} if with_residual else {"ds_ptr": None})
     for target, facts in TARGETS.items():
-        blocks = ragged_forward_blocks(dim, itemsize, 1 + centred, facts[0])
+        blocks = ragged_forward_blocks(dim, itemsize, 1 + centred, with_residual, facts[0])
         kernel = ragged_rows._ragged_norm_fwd_kernel
         values = {**shape, **forward_absent, "BLOCK": blocks.columns, "HAS_BIAS": centred, "HAS_RESIDUAL": with_residual}
         values["AHEAD"] = blocks.ahead > 0
