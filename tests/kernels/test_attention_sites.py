@@ -29,6 +29,8 @@ SMALL = {
     "dropout_rate": 0.0,
     "decoder_start_token_id": 0,
     "pad_token_id": 0,
+    # Smooth: with relu an activation that rounding puts on the other side of zero decides the error of whole gradients.
+    "feed_forward_proj": "gated-gelu",
 }
 
 
