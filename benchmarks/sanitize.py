@@ -247,7 +247,29 @@ def _attentions(cuda: bool) -> Iterator[Case]:
         yield Case(f"attention, {name} {models.dtype_name(dtype)}", tuple(case.tensors(drawer(dtype))), run)
 
 
-OPERATIONS = (_norms, _products, _rotations, _bans, _attentions)
+def _losses(cuda: bool) -> Iterator[Case]:
+    options: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "smoothed, capped": {"label_smoothing": 0.1, "logit_softcap": 5.0},
+        "scaled, labelled rows only": {"logit_scale": 0.5, "compact": True},
+    }
+    shapes = ((1, 9, 13), (7, 24, 37), (130, 17, 1025))
+    for (label, chosen), (rows, dim, vocab), dtype in zip(options.items(), shapes, DTYPES, strict=False):
+        draw, generator = drawer(dtype), torch.Generator().manual_seed(rows)
+        labels = torch.randint(0, vocab, (rows,), generator=generator)
+        labels[1::3] = -100
+
+        def run(*tensors: Tensor, chosen: dict[str, Any] = chosen) -> Sequence[Tensor]:
+            op: Any = importlib.import_module("oslo_fusion.ops.linear_cross_entropy")
+            hidden, weight, bias = (t.detach().requires_grad_() for t in tensors[:3])
+            loss = op.linear_cross_entropy(hidden, weight, tensors[3], bias=bias, **chosen)
+            return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight, bias))]
+
+        tensors = (draw(rows, dim), draw(vocab, dim), draw(vocab), labels)
+        yield Case(f"linear_cross_entropy, {rows}×{dim}×{vocab}, {label} {models.dtype_name(dtype)}", tensors, run)
+
+
+OPERATIONS = (_norms, _products, _rotations, _bans, _attentions, _losses)
 """Where the cases of an operation come from; one that this version does not have gives none."""
 
 
