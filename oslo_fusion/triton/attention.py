@@ -15,7 +15,8 @@ diagonals are summed once per program, not per tile. It computes two matmuls aga
 far is summed by the kernel of ``dq`` on its way, into two numbers. A last kernel adds everything up by bucket.
 
 **Masks** are computed in tiles that a border crosses, found out by a comparison of numbers per tile. Of a mask of keys the
-first and the last true are looked for once, and what is outside of them is never read.
+first and the last true are looked for once, and what is outside of them is never read. Of a mask of queries and keys a byte is
+read for every score, where the score lies.
 
 **Dropout**: see ``ops/attention.py``. One draw serves four elements that are in one thread, whether the tile's rows are queries
 (forward, ``dq``) or keys (``dk``, ``dv``).
@@ -185,6 +186,17 @@ def _look_up(pointers, ASM: tl.constexpr):
 
 
 @triton.jit
+def _look_up_byte(pointers, ASM: tl.constexpr):
+    if ASM:
+        result = tl.inline_asm_elementwise(
+            "ld.global.nc.u8 $0, [$1];", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        result = tl.load(pointers).to(tl.int32)
+    return result
+
+
+@triton.jit
 def _scores(
     qk,
     scale,
@@ -198,6 +210,9 @@ def _scores(
     distances_ptr,
     slope,
     mask_ptr,
+    pairs_ptr,
+    pairs_query,
+    queries,
     reach,
     near_left,
     near_right,
@@ -206,6 +221,7 @@ def _scores(
     HAS_TABLE: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_PAIRS: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -245,6 +261,11 @@ def _scores(
         inside = (k0 + k >= begin) & (k0 + k < end)
         seen = tl.load(mask_ptr + k0 + k, mask=inside, other=0) != 0
         qk = tl.where(seen, qk, float("-inf"))
+    if HAS_PAIRS:
+        # What is read beyond the last query or outside of the keys is a byte of another pair, of a score that counts nowhere.
+        row = tl.minimum(q0 + q, queries - 1).to(tl.int64) * pairs_query
+        column = tl.maximum(tl.minimum(k0 + k, end - 1), 0)
+        qk = tl.where(_look_up_byte(pairs_ptr + row + column, ASM) != 0, qk, float("-inf"))
     return qk
 
 
@@ -378,6 +399,9 @@ _NUMBERS = [
     "left",
     "right",
     "mask_units",
+    "pairs_batch",
+    "pairs_head",
+    "pairs_query",
     "sum_batch",
     "sum_head",
     "q_batch",
@@ -405,6 +429,7 @@ def _attention_fwd_kernel(
     distances_ptr,
     slopes_ptr,
     mask_ptr,
+    pairs_ptr,
     range_ptr,
     q_offsets_ptr,
     k_offsets_ptr,
@@ -423,6 +448,9 @@ def _attention_fwd_kernel(
     left,
     right,
     mask_units,
+    pairs_batch,
+    pairs_head,
+    pairs_query,
     sum_batch,
     sum_head,
     q_batch,
@@ -443,6 +471,7 @@ def _attention_fwd_kernel(
     HAS_TABLE: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_PAIRS: tl.constexpr,
     RANGE: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
@@ -478,6 +507,8 @@ def _attention_fwd_kernel(
         slope = _slope(slopes_ptr, head, sums_ptr.dtype.element_ty == tl.float64)
     if HAS_MASK:
         mask_ptr += batch.to(tl.int64) * mask_units
+    if HAS_PAIRS:
+        pairs_ptr += batch.to(tl.int64) * pairs_batch + head.to(tl.int64) * pairs_head
     if DROPOUT:
         key = _random_key(rng_ptr, number)
 
@@ -512,6 +543,9 @@ def _attention_fwd_kernel(
             distances_ptr,
             slope,
             mask_ptr,
+            pairs_ptr,
+            pairs_query,
+            queries,
             reach,
             near_left,
             near_right,
@@ -520,6 +554,7 @@ def _attention_fwd_kernel(
             HAS_TABLE,
             HAS_SLOPES,
             HAS_MASK,
+            HAS_PAIRS,
             HAS_LEFT,
             HAS_RIGHT,
             QUERIES,
@@ -562,7 +597,10 @@ def _attention_fwd_kernel(
 # --- backward ----------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["heads", "queries", "blocks", *_NUMBERS[14:16], *_NUMBERS[25:], "g_batch", "g_head", "g_token"])
+_DELTA_NUMBERS = ["heads", "queries", "blocks", "sum_batch", "sum_head", *_NUMBERS[-3:], "g_batch", "g_head", "g_token"]
+
+
+@triton.jit(do_not_specialize=_DELTA_NUMBERS)
 def _attention_delta_kernel(
     out_ptr,
     dout_ptr,
@@ -600,7 +638,7 @@ def _attention_delta_kernel(
     tl.store(delta_base + rows, tl.sum(out * dout, axis=1), mask=rows < queries)
 
 
-_BACKWARD_NUMBERS = ["natural", *_NUMBERS[:25], "g_batch", "g_head", "g_token"]
+_BACKWARD_NUMBERS = ["natural", *_NUMBERS[:-3], "g_batch", "g_head", "g_token"]
 
 
 @triton.jit(do_not_specialize=[*_BACKWARD_NUMBERS, "dk_batch", "dk_head", "dk_token"])
@@ -616,6 +654,7 @@ def _attention_dkdv_kernel(
     distances_ptr,
     slopes_ptr,
     mask_ptr,
+    pairs_ptr,
     range_ptr,
     q_offsets_ptr,
     k_offsets_ptr,
@@ -635,6 +674,9 @@ def _attention_dkdv_kernel(
     left,
     right,
     mask_units,
+    pairs_batch,
+    pairs_head,
+    pairs_query,
     sum_batch,
     sum_head,
     q_batch,
@@ -658,6 +700,7 @@ def _attention_dkdv_kernel(
     HAS_TABLE: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_PAIRS: tl.constexpr,
     RANGE: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
@@ -710,6 +753,9 @@ def _attention_dkdv_kernel(
             head_distances_ptr = distances_ptr + head.to(tl.int64) * (2 * reach + 1)
         if HAS_SLOPES:
             slope = _slope(slopes_ptr, head, sums_ptr.dtype.element_ty == tl.float64)
+        head_pairs_ptr = pairs_ptr
+        if HAS_PAIRS:
+            head_pairs_ptr = pairs_ptr + batch.to(tl.int64) * pairs_batch + head.to(tl.int64) * pairs_head
         if DROPOUT:
             key = _random_key(rng_ptr, batch * heads + head)
         for q0 in tl.range(low, high, QUERIES, num_stages=STAGES):
@@ -732,6 +778,9 @@ def _attention_dkdv_kernel(
                 head_distances_ptr,
                 slope,
                 mask_ptr,
+                head_pairs_ptr,
+                pairs_query,
+                queries,
                 reach,
                 near_left,
                 near_right,
@@ -740,6 +789,7 @@ def _attention_dkdv_kernel(
                 HAS_TABLE,
                 HAS_SLOPES,
                 HAS_MASK,
+                HAS_PAIRS,
                 HAS_LEFT,
                 HAS_RIGHT,
                 QUERIES,
@@ -778,6 +828,7 @@ def _attention_dq_kernel(
     distances_ptr,
     slopes_ptr,
     mask_ptr,
+    pairs_ptr,
     range_ptr,
     q_offsets_ptr,
     k_offsets_ptr,
@@ -797,6 +848,9 @@ def _attention_dq_kernel(
     left,
     right,
     mask_units,
+    pairs_batch,
+    pairs_head,
+    pairs_query,
     sum_batch,
     sum_head,
     q_batch,
@@ -822,6 +876,7 @@ def _attention_dq_kernel(
     HAS_TABLE: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_PAIRS: tl.constexpr,
     RANGE: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
@@ -863,6 +918,8 @@ def _attention_dq_kernel(
         slope = _slope(slopes_ptr, head, sums_ptr.dtype.element_ty == tl.float64)
     if HAS_MASK:
         mask_ptr += batch.to(tl.int64) * mask_units
+    if HAS_PAIRS:
+        pairs_ptr += batch.to(tl.int64) * pairs_batch + head.to(tl.int64) * pairs_head
     if DROPOUT:
         key = _random_key(rng_ptr, number)
 
@@ -899,6 +956,9 @@ def _attention_dq_kernel(
             distances_ptr,
             slope,
             mask_ptr,
+            pairs_ptr,
+            pairs_query,
+            queries,
             reach,
             near_left,
             near_right,
@@ -907,6 +967,7 @@ def _attention_dq_kernel(
             HAS_TABLE,
             HAS_SLOPES,
             HAS_MASK,
+            HAS_PAIRS,
             HAS_LEFT,
             HAS_RIGHT,
             QUERIES,
@@ -944,6 +1005,7 @@ def _attention_dtable_kernel(
     delta_ptr,
     distances_ptr,
     mask_ptr,
+    pairs_ptr,
     range_ptr,
     q_offsets_ptr,
     k_offsets_ptr,
@@ -963,6 +1025,9 @@ def _attention_dtable_kernel(
     left,
     right,
     mask_units,
+    pairs_batch,
+    pairs_head,
+    pairs_query,
     sum_batch,
     sum_head,
     q_batch,
@@ -984,6 +1049,7 @@ def _attention_dtable_kernel(
     WIDTH: tl.constexpr,
     UNIT: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_PAIRS: tl.constexpr,
     RANGE: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
@@ -1026,6 +1092,9 @@ def _attention_dtable_kernel(
         batch_mask_ptr = mask_ptr
         if HAS_MASK:
             batch_mask_ptr = mask_ptr + batch.to(tl.int64) * mask_units
+        batch_pairs_ptr = pairs_ptr
+        if HAS_PAIRS:
+            batch_pairs_ptr = pairs_ptr + batch.to(tl.int64) * pairs_batch + head.to(tl.int64) * pairs_head
         s = _scores(
             s,
             scale,
@@ -1039,6 +1108,9 @@ def _attention_dtable_kernel(
             distances_ptr,
             0.0,
             batch_mask_ptr,
+            batch_pairs_ptr,
+            pairs_query,
+            sequence,
             reach,
             near_left,
             near_right,
@@ -1047,6 +1119,7 @@ def _attention_dtable_kernel(
             True,
             False,
             HAS_MASK,
+            HAS_PAIRS,
             HAS_LEFT,
             HAS_RIGHT,
             QUERIES,
@@ -1181,6 +1254,7 @@ class _Setup(NamedTuple):
     distances: Tensor | None
     buckets: Tensor | None
     mask: Tensor | None
+    pairs: Tensor | None
     ranges: Tensor | None
     range_kind: int
     near: tuple[int, int]
@@ -1192,7 +1266,7 @@ class _Setup(NamedTuple):
     def pointers(self) -> tuple[Tensor | None, ...]:
         """From the distances to the random numbers."""
         e = self.extras
-        return self.distances, e.slopes, self.mask, self.ranges, e.q_offsets, e.k_offsets, e.rng
+        return self.distances, e.slopes, self.mask, self.pairs, self.ranges, e.q_offsets, e.k_offsets, e.rng
 
     def numbers(self, blocks: int, sums: Tensor) -> tuple[float, ...]:
         """From the scale to the strides of the sums."""
@@ -1212,16 +1286,24 @@ class _Setup(NamedTuple):
             o.left,
             o.right,
             0 if self.mask is None else self.mask.stride(0),
+            *self.pair_strides,
             0 if sums.dim() == 2 else sums.stride(0),
             sums.stride(0) if sums.dim() == 2 else sums.stride(1),
         )
+
+    @property
+    def pair_strides(self) -> tuple[int, ...]:
+        """Of the mask of pairs, from sequence to query: 0 where one serves all."""
+        if self.pairs is None:
+            return 0, 0, 0
+        return tuple(0 if self.pairs.shape[dim] == 1 else self.pairs.stride(dim) for dim in range(3))
 
     @property
     def masks(self) -> tuple[Any, ...]:
         """The constants from HAS_MASK to DROPOUT."""
         o = self.options
         packed, has_left, has_right = self.q.dim() == 3, o.left != UNLIMITED, o.right != UNLIMITED
-        return self.mask is not None, self.range_kind, packed, has_left, has_right, o.dropout > 0.0
+        return self.mask is not None, self.pairs is not None, self.range_kind, packed, has_left, has_right, o.dropout > 0.0
 
     @property
     def biases(self) -> tuple[bool, bool]:
@@ -1250,7 +1332,7 @@ def _set_up(q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -
     else:
         batches, queries, keys = q.shape[0], q.shape[2], k.shape[2]
     heads, kv_heads, device = q.shape[1], k.shape[1], q.device
-    distances = buckets = ranges = mask = None
+    distances = buckets = ranges = mask = pairs = None
     near, reach, range_kind = (0, 0), 0, 0
     if extras.table is not None:
         num_buckets = extras.table.shape[0]
@@ -1272,6 +1354,8 @@ def _set_up(q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -
         _RANGE((batches,), (mask, ranges), (keys, mask.stride(0), 1), (1024,), 4)
     elif extras.key_lengths is not None:
         ranges, range_kind = extras.key_lengths.contiguous(), 1
+    if extras.mask is not None:
+        pairs = _dense_dim(extras.mask)
     extras = extras._replace(
         q_offsets=None if extras.q_offsets is None else extras.q_offsets.contiguous(),
         k_offsets=None if extras.k_offsets is None else extras.k_offsets.contiguous(),
@@ -1290,6 +1374,7 @@ def _set_up(q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -
         distances,
         buckets,
         mask,
+        pairs,
         ranges,
         range_kind,
         near,
@@ -1379,7 +1464,7 @@ def launch_attention_backward(
         _DELTA(
             (count * setup.heads * setup.batches,),
             (out, dout, delta, extras.q_offsets),
-            (setup.heads, numbers[5], count, *numbers[14:16], *strides),
+            (setup.heads, numbers[5], count, *numbers[-2:], *strides),
             (dim, width, unit, packed, 64),
             4,
         )
@@ -1475,11 +1560,11 @@ def _table_gradient(
     parts = table_parts(setup.heads * offsets, setup.batches * count, device_facts(q)[0])
     sums = torch.empty((setup.heads, offsets, parts, tile.queries, tile.keys), dtype=torch.float32, device=q.device)
     strides, unit = _in_units(q, setup.k, setup.v, dout)
-    distances, _, mask, ranges, q_offsets, k_offsets, rng = setup.pointers
+    distances, _, mask, pairs, ranges, q_offsets, k_offsets, rng = setup.pointers
     aligned = q_offsets is k_offsets if q.dim() == 3 else (setup.keys - setup.queries) % 16 == 0
     _DTABLE(
         (parts, offsets, setup.heads),
-        (q, setup.k, setup.v, dout, sums, logsumexp, delta, distances, mask, ranges, q_offsets, k_offsets, rng),
+        (q, setup.k, setup.v, dout, sums, logsumexp, delta, distances, mask, pairs, ranges, q_offsets, k_offsets, rng),
         (setup.options.scale, *setup.numbers(count, logsumexp), *strides, setup.batches, parts, first),
         (
             dim,

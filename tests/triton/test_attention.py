@@ -228,7 +228,7 @@ def test_strides_of_all_kinds(device: torch.device) -> None:
 def test_lengths_on_a_gpu_never_lead_out_of_memory(device: torch.device) -> None:
     q, k, v = (drawer(torch.float32, device)(6, 1, 16) for _ in range(3))
     offsets = torch.tensor([0, 4, 99, -3], dtype=torch.int32, device=device)
-    extras = op.Extras(None, None, None, None, offsets, offsets, None)
+    extras = op.Extras(None, None, None, None, None, offsets, offsets, None)
     options = op.Options(1.0, -1, -1, True, 128, 0.0, 64, 64)
     if device.type == "cpu":
         with pytest.raises(ConfigError, match=r"cu_seqlens_q: received \[0, 4, 99, -3\]"):
@@ -285,6 +285,7 @@ POINTERS = {
     "distances_ptr": "*fp32",
     "slopes_ptr": "*fp32",
     "mask_ptr": "*i1",
+    "pairs_ptr": "*i1",
     "range_ptr": "*i32",
     "q_offsets_ptr": "*i32",
     "k_offsets_ptr": "*i32",
@@ -296,6 +297,7 @@ PLAIN: dict[str, Any] = {
     "HAS_TABLE": False,
     "HAS_SLOPES": False,
     "HAS_MASK": False,
+    "HAS_PAIRS": False,
     "RANGE": 0,
     "PACKED": False,
     "HAS_LEFT": False,
@@ -314,6 +316,7 @@ NEEDED = {
     "distances_ptr": "HAS_TABLE",
     "slopes_ptr": "HAS_SLOPES",
     "mask_ptr": "HAS_MASK",
+    "pairs_ptr": "HAS_PAIRS",
     "range_ptr": "RANGE",
     "q_offsets_ptr": "PACKED",
     "k_offsets_ptr": "PACKED",
