@@ -206,84 +206,88 @@ class Sweep:
 
 _HALF, _FULL = torch.bfloat16, torch.float32
 SWEEPS = [
-    Sweep("rms_norm", "forward", 32768, 4097, _HALF, 90),
-    Sweep("rms_norm", "backward", 32768, 4097, _HALF, 86),
-    Sweep("layer_norm", "backward", 32768, 16384, _HALF, 82),
-    Sweep("layer_norm", "backward", 32768, 16384, _FULL, 85),
-    Sweep("rms_norm", "forward", 32768, 4097, _FULL, 94),
-    Sweep("rms_norm", "backward", 32768, 4097, _FULL, 90),
-    Sweep("layer_norm", "forward", 32768, 4097, _HALF, 88),
-    Sweep("layer_norm", "backward", 32768, 4097, _HALF, 84),
-    Sweep("layer_norm", "forward", 32768, 4097, _FULL, 93),
-    Sweep("layer_norm", "backward", 32768, 4097, _FULL, 89),
-    Sweep("layer_norm", "forward", 32768, 768, _HALF, 88),
-    Sweep("rms_norm", "forward", 32768, 768, _HALF, 90),
-    Sweep("rms_norm", "forward", 32768, 16384, _FULL, 101),
-    Sweep("layer_norm", "forward", 32768, 16384, _HALF, 100),
-    *(
-        Sweep("rms_norm", kind, rows, width, _HALF)
-        for rows, width in ((65536, 1001), (65536, 257), (32768, 4098), (16384, 8191))
-        for kind in ("forward", "backward")
-    ),
+    Sweep("layer_norm", "backward", 32768, 16384, _HALF, 86),
+    Sweep("layer_norm", "forward", 32768, 4097, _HALF, 82),
+    Sweep("rms_norm", "forward", 16384, 8191, _HALF, 88),
+    Sweep("layer_norm", "backward", 32768, 16384, _FULL, 87),
+    Sweep("rms_norm", "forward", 32768, 4097, _HALF, 94),
+    Sweep("rms_norm", "backward", 32768, 4097, _HALF, 91),
+    Sweep("rms_norm", "forward", 32768, 4097, _FULL, 97),
+    Sweep("rms_norm", "backward", 32768, 4097, _FULL, 101),
+    Sweep("layer_norm", "backward", 32768, 4097, _HALF, 91),
+    Sweep("layer_norm", "forward", 32768, 4097, _FULL, 96),
+    Sweep("layer_norm", "backward", 32768, 4097, _FULL, 98),
+    Sweep("layer_norm", "forward", 32768, 768, _HALF, 87),
+    Sweep("rms_norm", "forward", 32768, 768, _HALF, 88),
+    Sweep("rms_norm", "forward", 32768, 16384, _FULL, 102),
+    Sweep("layer_norm", "forward", 32768, 16384, _HALF, 97),
+    Sweep("layer_norm", "forward", 32768, 16384, _FULL, 101),
+    Sweep("rms_norm", "forward", 32768, 4098, _HALF, 94),
+    Sweep("rms_norm", "backward", 32768, 4098, _HALF, 89),
+    Sweep("rms_norm", "backward", 16384, 8191, _HALF, 87),
+    Sweep("rms_norm", "forward", 65536, 1001, _HALF, 87),
+    Sweep("rms_norm", "backward", 65536, 1001, _HALF, 86),
+    Sweep("rms_norm", "forward", 65536, 257, _HALF, 57),
+    Sweep("rms_norm", "backward", 65536, 257, _HALF, 47),
 ]
 SMALL = [(op, width, dtype) for op in ("rms_norm", "layer_norm") for width, dtype in ((3, _HALF), (17, _FULL), (515, _HALF))]
 
 
-def as_it_lies(kind: str, width: int, itemsize: int, rows: int, processors: int, shared: int) -> Any:
+# Beside the tile that is chosen: (part of the row, parts ahead, whether the next row is fetched into the L2 cache) of a wide
+# backward, and (warps, programs per multiprocessor, whether the next row is loaded ahead) of a forward over cut rows. As many
+# programs as the registers of sm_90 hold (Triton 3.6).
+_WIDE = {
+    _HALF: ((8192, 0, 0), (4096, 0, 0), (2048, 0, 0), (4096, 1, 0), (2048, 2, 0), (2048, 0, 1), (4096, 0, 1), (2048, 4, 1)),
+    _FULL: ((2048, 0, 0), (2048, 4, 0), (2048, 0, 1)),
+}
+_CUT = {
+    ("layer_norm", 4097): ((8, 3, 1), (16, 2, 1), (4, 3, 1), (2, 4, 1), (2, 4, 0)),
+    ("rms_norm", 4097): ((8, 4, 1), (4, 4, 1), (16, 2, 1)),
+    ("rms_norm", 8191): ((8, 2, 1), (16, 2, 1), (16, 2, 0), (4, 3, 0)),
+}
+
+
+def as_it_lies(job: Sweep, processors: int, shared: int) -> Any:
     """The tile of a row that is not cut."""
     from oslo_fusion.triton.rows import backward_blocks, forward_blocks
 
-    if kind == "forward":
-        return forward_blocks(width, itemsize, rows <= 2 * processors)
-    return backward_blocks(width, itemsize, itemsize, rows, 2, processors, shared)
+    size = job.dtype.itemsize
+    if job.kind == "forward":
+        return forward_blocks(job.width, size, job.rows <= 2 * processors)
+    return backward_blocks(job.width, size, size, job.rows, 2, processors, shared)
 
 
 def candidates(job: Sweep, processors: int, shared: int) -> tuple[Any, dict[str, Any]]:
     """The tile that the heuristic chooses, and all that are compared, by name."""
     from oslo_fusion.triton import rows as tiles
 
-    size = job.dtype.itemsize
-    lies = as_it_lies(job.kind, job.width, size, job.rows, processors, shared)
+    size, vectors = job.dtype.itemsize, 1 if job.op == "rms_norm" else 2
     if job.op == "layer_norm" and job.kind == "backward" and job.width > tiles.REGISTER_COLUMNS:
-        chosen = tiles.wide_backward_blocks(job.width, job.rows, processors)
-        found = {"two kernels": tiles.no_weight_blocks(job.width, size, False)}
-        for part, warps, once in (
-            (8192, 16, 1),
-            (4096, 16, 0),
-            (4096, 16, 1),
-            (2048, 16, 0),
-            (2048, 16, 1),
-            (4096, 32, 1),
-            (2048, 32, 1),
-        ):
-            stages = -(-job.width // part) if once else 1
-            name = f"{part} wide, {warps} warps, {'at once' if once else 'one by one'}"
-            found[name] = dataclasses.replace(chosen, columns=part, warps=warps, stages=stages)
-        return chosen, found
-    if tiles.is_ragged(job.width, size) or job.width % 8:
-        # As many programs as the registers of sm_90 hold (Triton 3.6): layer norm has the bias as well, or its gradient.
-        one = job.op == "rms_norm"
-        if job.kind == "forward":
-            chosen = tiles.ragged_forward_blocks(job.width, size, 1 if one else 2, processors, shared)
-            residents = {4: 5 if one else 4, 8: 4 if one else 3, 16: 3 if one else 2}
-            cuts = [(warps, per, stages) for warps, per in residents.items() for stages in (1, 2)] + [(8, 2, 3), (8, 16, 1)]
-        else:
-            chosen = tiles.ragged_backward_blocks(job.width, size, 2, processors, shared)
-            cuts = [(4, 3 if one else 2, 2), (4, 2, 3), (8, 2, 1), (8, 2, 2), (8, 2, 3), (8, 1, 3), (16, 1, 2), (16, 1, 3)]
-            cuts += [(16, 2, 2)] if one and size == 4 else []
-        found = {"as it lies": lies, "chosen": chosen}
-        if job.width == 4097:
-            for warps, per, stages in cuts:
-                cut = dataclasses.replace(chosen, warps=warps, programs=per * processors, stages=stages)
-                if cut != chosen:
-                    found[f"{warps} warps ×{per}, {stages} stages"] = cut
-        return chosen, found
-    found = {
-        f"{rows} rows, {warps} warps": tiles.RowBlocks(rows, lies.columns, warps)
-        for rows, warps in itertools.product((1, 2, 4), (1, 2, 4, 8, 16, 32))
-        if 16 <= rows * lies.columns / (32 * warps) <= 64
-    }
-    return lies, found
+        chosen = tiles.wide_backward_blocks(job.width, size, job.rows, processors)
+        cuts = [(chosen.columns, chosen.ahead, chosen.stages - 1), *_WIDE[job.dtype]]
+        return chosen, {
+            f"{part} wide, {ahead} ahead{', fetched' * fetched}": dataclasses.replace(
+                chosen, columns=part, ahead=ahead, stages=1 + fetched
+            )
+            for part, ahead, fetched in cuts
+        }
+    lies = as_it_lies(job, processors, shared)
+    least = tiles.RAGGED_FORWARD if job.kind == "forward" else tiles.RAGGED_BACKWARD
+    if not tiles.is_ragged(job.width, least, size):
+        return lies, {"chosen": lies}
+    if job.kind == "backward":
+        chosen = tiles.ragged_backward_blocks(job.width, size, 2, vectors, processors, shared)
+        return chosen, {"chosen": chosen}
+    chosen = tiles.ragged_forward_blocks(job.width, size, vectors, False, processors)
+    found = {"chosen": chosen}
+    if job.width == 4098:
+        found["as it lies"] = lies
+    if job.dtype == _HALF:
+        for warps, per, ahead in _CUT.get((job.op, job.width), ()):
+            cut = dataclasses.replace(chosen, warps=warps, programs=per * processors, ahead=ahead)
+            if cut != chosen:
+                found[f"{warps} warps ×{per}{', ahead' * ahead}"] = cut
+    return chosen, found
 
 
 def kernel_call(job: Sweep, xs: Sequence[Tensor], dys: Sequence[Tensor], w: Tensor, stats: Tensor, blocks: Any) -> Any:
@@ -342,11 +346,11 @@ def check_small(op: str, width: int, dtype: torch.dtype, device: torch.device) -
     from oslo_fusion.triton.rows import ragged_backward_blocks, ragged_forward_blocks
 
     blocks = {
-        "forward": ragged_forward_blocks(width, dtype.itemsize, 1, 1, 65_536),
-        "backward": ragged_backward_blocks(width, dtype.itemsize, 2, 1, 65_536),
+        "forward": ragged_forward_blocks(width, dtype.itemsize, 1, False, 1),
+        "backward": ragged_backward_blocks(width, dtype.itemsize, 2, 1, 1, 65_536),
     }
     for kind, chosen in blocks.items():
-        found = {"cut": dataclasses.replace(chosen, programs=8)}
+        found = {f"cut, {ahead} ahead": dataclasses.replace(chosen, programs=8, ahead=ahead) for ahead in (0, 1)}
         for rows in (37, 5):
             check_candidates(Sweep(op, kind, rows, width, dtype), found, rows, device)
 

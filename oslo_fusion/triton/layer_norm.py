@@ -31,6 +31,8 @@ from oslo_fusion.ops.layer_norm import (
 from oslo_fusion.triton import ragged_rows
 from oslo_fusion.triton.launch import Kernel
 from oslo_fusion.triton.rows import (
+    RAGGED_BACKWARD,
+    RAGGED_FORWARD,
     REGISTER_COLUMNS,
     RowBlocks,
     as_rows,
@@ -45,7 +47,6 @@ from oslo_fusion.triton.rows import (
     ragged_backward_blocks,
     ragged_forward_blocks,
     stride_unit,
-    weight_sums,
     wide_backward_blocks,
 )
 
@@ -177,28 +178,25 @@ def _layer_norm_bwd_kernel(
 
 
 @triton.jit
-def _add_part(
-    along_row,
-    along_ones,
-    s_ptrs,
-    dy_ptrs,
-    weight_ptrs,
-    mean,
-    rstd,
-    start,
-    cols,
-    DIM: tl.constexpr,
-    WEIGHT_OFFSET: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-):
-    """Add a part of a row to its sums of g · x̂ and of g, which are still apart by column."""
-    mask = start + cols < DIM
-    s = tl.load(s_ptrs + start, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    g = tl.load(dy_ptrs + start, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptrs + start, mask=mask, other=0.0, eviction_policy="evict_last")
-        g *= weight.to(tl.float32) + WEIGHT_OFFSET
-    return along_row + g * ((s - mean) * rstd), along_ones + g
+def _both(first, second, other_first, other_second):
+    return first + other_first, second + other_second
+
+
+@triton.jit
+def _scale(weight_ptrs, mask, WEIGHT_OFFSET: tl.constexpr):
+    weight = tl.load(weight_ptrs, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    if WEIGHT_OFFSET != 0.0:
+        weight += WEIGHT_OFFSET
+    return weight
+
+
+@triton.jit
+def _fetch(row_ptr, DIM: tl.constexpr, LINES: tl.constexpr):
+    """Ask for a row, line by line, to come into the L2 cache."""
+    NUMBERS: tl.constexpr = 1024 // row_ptr.dtype.element_ty.primitive_bitwidth
+    line_ptrs = row_ptr + tl.minimum(tl.arange(0, LINES) * NUMBERS, DIM - 1)
+    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l", [line_ptrs], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit(do_not_specialize=["dy_row_units", "ds_row_units", "s_row_units", "num_rows"])
@@ -224,61 +222,69 @@ def _layer_norm_wide_bwd_kernel(
     BIAS_GRADIENT: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    AHEAD: tl.constexpr,
+    FETCH: tl.constexpr,
 ):
     # The two sums of 16384 columns are half of all registers, so a row cannot stay there. It is read twice, part by part: for
     # its means, then for its gradient, and the second time it is in the L1 cache still. One row at a time for that reason.
+    # The first AHEAD parts of a row are loaded while the row before it is reduced and finished: memory would be idle there.
     program, step = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK)
     dweights = (tl.zeros((BLOCK,), dtype=tl.float32),) * PARTS
     dbiases = (tl.zeros((BLOCK,), dtype=tl.float32),) * PARTS
     next_mean = tl.load(mean_ptr + program)
     next_rstd = tl.load(rstd_ptr + program)
+    s_ptrs = s_ptr + program.to(tl.int64) * (s_row_units * UNIT) + cols
+    dy_ptrs = dy_ptr + program.to(tl.int64) * (dy_row_units * UNIT) + cols
+    ahead_s = ()
+    ahead_dy = ()
+    for part in tl.static_range(AHEAD):
+        mask = part * BLOCK + cols < DIM
+        ahead_s = ahead_s + (tl.load(s_ptrs + part * BLOCK, mask=mask, other=0.0, eviction_policy="evict_last"),)  # noqa: RUF005
+        ahead_dy = ahead_dy + (tl.load(dy_ptrs + part * BLOCK, mask=mask, other=0.0, eviction_policy="evict_last"),)  # noqa: RUF005
     for row in tl.range(program, num_rows, step, num_stages=1):
         mean, rstd = next_mean, next_rstd
         there = row + step < num_rows
         next_mean = tl.load(mean_ptr + row + step, mask=there, other=0.0)
         next_rstd = tl.load(rstd_ptr + row + step, mask=there, other=0.0)
         wide_row = row * tl.full((), 1, tl.int64)
+        next_row = wide_row + step
         s_ptrs = s_ptr + wide_row * (s_row_units * UNIT) + cols
         dy_ptrs = dy_ptr + wide_row * (dy_row_units * UNIT) + cols
-        along_row = tl.zeros((BLOCK,), dtype=tl.float32)
-        along_ones = tl.zeros((BLOCK,), dtype=tl.float32)
-        weights = weight_ptr + cols if HAS_WEIGHT else None
-        if AT_ONCE:
-            for part in tl.static_range(PARTS):
-                along_row, along_ones = _add_part(
-                    along_row,
-                    along_ones,
-                    s_ptrs,
-                    dy_ptrs,
-                    weights,
-                    mean,
-                    rstd,
-                    part * BLOCK,
-                    cols,
-                    DIM,
-                    WEIGHT_OFFSET,
-                    HAS_WEIGHT,
-                )
-        else:
-            for part in tl.range(0, PARTS, num_stages=1):
-                along_row, along_ones = _add_part(
-                    along_row,
-                    along_ones,
-                    s_ptrs,
-                    dy_ptrs,
-                    weights,
-                    mean,
-                    rstd,
-                    part * BLOCK,
-                    cols,
-                    DIM,
-                    WEIGHT_OFFSET,
-                    HAS_WEIGHT,
-                )
-        mean_along_row = tl.sum(along_row) / DIM
-        mean_along_ones = tl.sum(along_ones) / DIM
+        next_s_ptrs = s_ptr + next_row * (s_row_units * UNIT) + cols
+        next_dy_ptrs = dy_ptr + next_row * (dy_row_units * UNIT) + cols
+        if FETCH > 0:
+            fetched = tl.where(there, next_row, wide_row)
+            _fetch(s_ptr + fetched * (s_row_units * UNIT), DIM, FETCH)
+            _fetch(dy_ptr + fetched * (dy_row_units * UNIT), DIM, FETCH)
+        along_row = tl.zeros((BLOCK // VECTOR,), dtype=tl.float32)
+        along_ones = tl.zeros((BLOCK // VECTOR,), dtype=tl.float32)
+        for part in tl.static_range(PARTS):
+            mask = part * BLOCK + cols < DIM
+            if part >= AHEAD:
+                s = tl.load(s_ptrs + part * BLOCK, mask=mask, other=0.0, eviction_policy="evict_last")
+                dy = tl.load(dy_ptrs + part * BLOCK, mask=mask, other=0.0, eviction_policy="evict_last")
+            else:
+                s = ahead_s[part]
+                dy = ahead_dy[part]
+            g = dy.to(tl.float32)
+            if HAS_WEIGHT:
+                g *= _scale(weight_ptr + part * BLOCK + cols, mask, WEIGHT_OFFSET)
+            # What a thread has loaded at once it adds up at once: sums that are as wide as a part would spill.
+            along_row += tl.sum(tl.reshape(g * (s.to(tl.float32) - mean), (BLOCK // VECTOR, VECTOR)), axis=1)
+            along_ones += tl.sum(tl.reshape(g, (BLOCK // VECTOR, VECTOR)), axis=1)
+        ahead_s = ()
+        ahead_dy = ()
+        for part in tl.static_range(AHEAD):
+            mask = (part * BLOCK + cols < DIM) & there
+            next_s = tl.load(next_s_ptrs + part * BLOCK, mask=mask, other=0.0, eviction_policy="evict_last")
+            next_dy = tl.load(next_dy_ptrs + part * BLOCK, mask=mask, other=0.0, eviction_policy="evict_last")
+            ahead_s = ahead_s + (next_s,)  # noqa: RUF005
+            ahead_dy = ahead_dy + (next_dy,)  # noqa: RUF005
+        sum_along_row, sum_along_ones = tl.reduce((along_row, along_ones), 0, _both)
+        mean_along_row = sum_along_row * rstd / DIM
+        mean_along_ones = sum_along_ones / DIM
         new_dweights = ()
         new_dbiases = ()
         for part in tl.static_range(PARTS):
@@ -289,8 +295,7 @@ def _layer_norm_wide_bwd_kernel(
             new_dweights = new_dweights + (dweights[part] + g * normed if WEIGHT_GRADIENT else dweights[part],)  # noqa: RUF005
             new_dbiases = new_dbiases + (dbiases[part] + g if BIAS_GRADIENT else dbiases[part],)  # noqa: RUF005
             if HAS_WEIGHT:
-                weight = tl.load(weight_ptr + part * BLOCK + cols, mask=mask, other=0.0, eviction_policy="evict_last")
-                g *= weight.to(tl.float32) + WEIGHT_OFFSET
+                g *= _scale(weight_ptr + part * BLOCK + cols, mask, WEIGHT_OFFSET)
             dx = (g - mean_along_ones - normed * mean_along_row) * rstd
             if HAS_DS:
                 ds_ptrs = ds_ptr + wide_row * (ds_row_units * UNIT) + cols
@@ -335,8 +340,13 @@ def launch_layer_norm(
     s = x if residual is None else torch.empty(shape, dtype=s_dtype, device=x.device)
     if num_rows == 0:
         return y, s, mean, rstd
-    if blocks is None and is_ragged(dim, x.element_size(), y.element_size()) and ragged_rows.can_be_cut(x, residual, y, s):
-        blocks = ragged_forward_blocks(dim, x.element_size(), (weight is not None) + (bias is not None), *device_facts(x))
+    if (
+        blocks is None
+        and is_ragged(dim, RAGGED_FORWARD, x.element_size(), y.element_size())
+        and ragged_rows.can_be_cut(x, residual, y, s)
+    ):
+        vectors = (weight is not None) + (bias is not None)
+        blocks = ragged_forward_blocks(dim, x.element_size(), vectors, residual is not None, device_facts(x)[0])
     if blocks is not None and blocks.ragged:
         with on_device(x):
             added = None if residual is None else s
@@ -406,10 +416,11 @@ def launch_layer_norm_backward(
     if (
         blocks is None
         and dim <= REGISTER_COLUMNS
-        and is_ragged(dim, s.element_size(), dy.element_size())
+        and is_ragged(dim, RAGGED_BACKWARD, s.element_size(), dy.element_size())
         and ragged_rows.can_be_cut(dy, ds, s, dx)
     ):
-        blocks = ragged_backward_blocks(dim, s.element_size(), 2 if ds is None else 3, *device_facts(s))
+        loads = 2 if ds is None else 3
+        blocks = ragged_backward_blocks(dim, s.element_size(), loads, len(sums), *device_facts(s))
     if blocks is not None and blocks.ragged:
         wanted = (dweight.numel() > 0, dbias.numel() > 0)
         with on_device(s):
@@ -427,10 +438,12 @@ def launch_layer_norm_backward(
         loads, itemsize = 2 if ds is None else 3, s.element_size()
         blocks = backward_blocks(dim, itemsize, itemsize, num_rows, loads, *device_facts(s))
     elif blocks is None and sums:
-        blocks = wide_backward_blocks(dim, num_rows, device_facts(s)[0])
+        blocks = wide_backward_blocks(dim, s.element_size(), num_rows, device_facts(s)[0])
     elif blocks is None:
         blocks = no_weight_blocks(dim, s.element_size(), num_rows <= 2 * device_facts(s)[0])
     if blocks.reload:
+        # Only what was written for it fetches into a cache ahead; elsewhere such a row is read when it is needed.
+        fetches = blocks.stages > 1 and s.is_cuda and torch.version.hip is None
         partials = torch.empty((len(sums), blocks.programs, dim), dtype=torch.float32, device=s.device)
         with on_device(s):
             _WIDE_BACKWARD(
@@ -447,7 +460,9 @@ def launch_layer_norm_backward(
                     dbias.numel() > 0,
                     -(-dim // blocks.columns),
                     blocks.columns,
-                    blocks.stages > 1,
+                    min(16 // s.element_size(), unit, blocks.columns // (32 * blocks.warps)),
+                    blocks.ahead,
+                    triton.next_power_of_2(-(-dim * max(s.element_size(), dy.element_size()) // 128)) if fetches else 0,
                 ),
                 blocks.warps,
             )
@@ -483,8 +498,6 @@ def launch_layer_norm_backward(
             ),
             blocks.warps,
         )
-        if sums and partials is None:
-            partials = weight_sums(dy_rows, s_rows, mean, rstd, dweight.numel() > 0, dbias.numel() > 0)
         if partials is not None:
             column_sums(partials, *sums)
     return dx, dweight, dbias

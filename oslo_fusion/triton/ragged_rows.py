@@ -64,7 +64,7 @@ def _ragged_norm_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     first, step = tl.program_id(0), tl.num_programs(0)
     head, middle, edge, edge_mask = _cut(first, DIM)
@@ -80,13 +80,22 @@ def _ragged_norm_fwd_kernel(
     next_x = tl.load(x_ptr + start + edge, mask=edge_mask, other=0.0)
     if HAS_RESIDUAL:
         next_residual = tl.load(residual_ptr + start + edge, mask=edge_mask, other=0.0)
-    for row in tl.range(first, num_rows, step, num_stages=STAGES):
+    if AHEAD:
+        next_middle = tl.load(x_ptr + (start + 7) // 8 * 8 + cols, mask=mask, other=0.0, eviction_policy="evict_last")
+    for row in tl.range(first, num_rows, step, num_stages=1):
         start = row * tl.full((), DIM, tl.int64)
         border = (start + 7) // 8 * 8
-        s = tl.load(x_ptr + border + cols, mask=mask, other=0.0, eviction_policy="evict_last")
+        next_start = start + step.to(tl.int64) * DIM
+        there = row + step < num_rows
+        if AHEAD:
+            s = next_middle
+            next_ptrs = x_ptr + (next_start + 7) // 8 * 8 + cols
+            next_middle = tl.load(next_ptrs, mask=mask & there, other=0.0, eviction_policy="evict_last")
+        else:
+            s = tl.load(x_ptr + border + cols, mask=mask, other=0.0, eviction_policy="evict_last")
         edge_s = next_x
-        ahead = start + step.to(tl.int64) * DIM + edge
-        ahead_mask = edge_mask & (row + step < num_rows)
+        ahead = next_start + edge
+        ahead_mask = edge_mask & there
         next_x = tl.load(x_ptr + ahead, mask=ahead_mask, other=0.0)
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + border + cols, mask=mask, other=0.0)
@@ -266,7 +275,7 @@ def launch_forward(
             bias is not None,
             residual is not None,
             blocks.columns,
-            blocks.stages,
+            blocks.ahead > 0,
         ),
         blocks.warps,
     )

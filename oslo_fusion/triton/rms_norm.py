@@ -30,6 +30,8 @@ from oslo_fusion.ops.rms_norm import (
 from oslo_fusion.triton import ragged_rows
 from oslo_fusion.triton.launch import Kernel
 from oslo_fusion.triton.rows import (
+    RAGGED_BACKWARD,
+    RAGGED_FORWARD,
     REGISTER_COLUMNS,
     RowBlocks,
     as_rows,
@@ -183,8 +185,12 @@ def launch_rms_norm(
     s = x if residual is None else torch.empty(shape, dtype=s_dtype, device=x.device)
     if num_rows == 0:
         return y, s, rstd
-    if blocks is None and is_ragged(dim, x.element_size(), y.element_size()) and ragged_rows.can_be_cut(x, residual, y, s):
-        blocks = ragged_forward_blocks(dim, x.element_size(), weight is not None, *device_facts(x))
+    if (
+        blocks is None
+        and is_ragged(dim, RAGGED_FORWARD, x.element_size(), y.element_size())
+        and ragged_rows.can_be_cut(x, residual, y, s)
+    ):
+        blocks = ragged_forward_blocks(dim, x.element_size(), int(weight is not None), residual is not None, device_facts(x)[0])
     if blocks is not None and blocks.ragged:
         with on_device(x):
             added = None if residual is None else s
@@ -238,10 +244,11 @@ def launch_rms_norm_backward(
     if (
         blocks is None
         and dim <= REGISTER_COLUMNS
-        and is_ragged(dim, s.element_size(), dy.element_size())
+        and is_ragged(dim, RAGGED_BACKWARD, s.element_size(), dy.element_size())
         and ragged_rows.can_be_cut(dy, ds, s, dx)
     ):
-        blocks = ragged_backward_blocks(dim, s.element_size(), 2 if ds is None else 3, *device_facts(s))
+        loads = 2 if ds is None else 3
+        blocks = ragged_backward_blocks(dim, s.element_size(), loads, int(weight_gradient), *device_facts(s))
     if blocks is not None and blocks.ragged:
         with on_device(s):
             partials = ragged_rows.launch_backward(

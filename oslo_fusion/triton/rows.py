@@ -23,8 +23,10 @@ from oslo_fusion.triton.launch import Kernel
 
 MAX_COLUMNS = 16384  # a wider row does not fit into the registers of 16 warps; 32 would be no block on an AMD GPU
 REGISTER_COLUMNS = 8192  # up to here a thread holds 16 numbers of each tensor, and all that a backward needs stays in registers
-WIDE_PART = 4096  # eight numbers per thread of 16 warps; parts of 8192 spill 144 bytes per thread in float32, these 16
-RAGGED_COLUMNS = 512  # from here on a row whose width is no multiple of 16 bytes is cut at 16-byte borders
+WIDE_PART = 2048  # four numbers per thread of 16 warps: nothing spills, with half a row of 16-bit numbers ahead
+# From so many columns on, a row whose width is no multiple of 16 bytes is cut at 16-byte borders. As it lies, in tiles of many
+# rows, 65536×257 bfloat16 takes 28 µs forward and 73 backward; cut, 36 and 51.
+RAGGED_FORWARD, RAGGED_BACKWARD = 512, 256
 PHASES = 8  # after so many rows, whatever their width, a row starts at a border of eight numbers again
 _MAX_WARPS = 16
 _INTERPRETED = ("interpreter", 4, 232_448)
@@ -41,6 +43,8 @@ class RowBlocks:
         programs: how many programs run; 0 means one per tile.
         stages: how many tiles of a program are under way at once; 1 means that a tile is loaded when it is needed.
         reload: the weight is read again for every tile, because a row of it does not fit into registers beside the rest.
+        ahead: how much of the next row is loaded into registers while a row is computed: its parts in a wide backward, its
+            middle (1) in a forward over ragged rows.
         ragged: the row is cut at 16-byte borders (``ragged_rows.py``); then ``rows`` is 1 and ``columns`` holds the middle.
     """
 
@@ -50,6 +54,7 @@ class RowBlocks:
     programs: int = 0
     stages: int = 1
     reload: bool = False
+    ahead: int = 0
     ragged: bool = False
 
 
@@ -70,8 +75,11 @@ def forward_blocks(dim: int, itemsize: int, few: bool) -> RowBlocks:
     columns = _power_of_two(dim)
     if few:
         return RowBlocks(1, columns, min(_MAX_WARPS, max(1, columns * itemsize // (32 * 16))))
+    # From sweeps on one H200: 32768×768 bfloat16 takes 27.7 µs with 2 warps and 28.6 with 4, 32768×16384 float32 1002 µs with 8
+    # warps and 1045 with 16, of which only one program would be resident.
     per_thread = 64 // itemsize
-    warps = min(_MAX_WARPS, max(4, columns // (32 * per_thread)))
+    fewest, most = (2 if itemsize == 2 and columns <= 1024 else 4), (8 if columns > REGISTER_COLUMNS else _MAX_WARPS)
+    warps = min(most, max(fewest, columns // (32 * per_thread)))
     return RowBlocks(max(1, 32 * warps * per_thread // columns), columns, warps)
 
 
@@ -110,57 +118,73 @@ def backward_blocks(
     return RowBlocks(rows, columns, warps, min(per_processor * processors, -(-num_rows // rows)), stages, reload)
 
 
-def wide_backward_blocks(dim: int, num_rows: int, processors: int) -> RowBlocks:
+def wide_backward_blocks(dim: int, itemsize: int, num_rows: int, processors: int) -> RowBlocks:
     """How a layer norm's backward is cut that sums two gradients over rows too wide for the registers beside these sums.
 
     Returns:
-        ``columns`` is the width of a part of the row; ``stages`` how many parts are loaded at once, all of them or one.
+        ``columns`` is the width of a part of the row; ``ahead`` how many parts of the next row are loaded before this one is
+        finished, 32 KB of two tensors.
     """
-    return RowBlocks(1, WIDE_PART, _MAX_WARPS, min(processors, num_rows), -(-dim // WIDE_PART), reload=True)
+    ahead = min(-(-dim // WIDE_PART) // 2, 8 // itemsize)
+    return RowBlocks(1, WIDE_PART, _MAX_WARPS, min(processors, num_rows), reload=True, ahead=ahead)
 
 
-def is_ragged(dim: int, *itemsizes: int) -> bool:
+def is_ragged(dim: int, least: int, *itemsizes: int) -> bool:
     """Whether rows of this width, in any of these sizes of a number, are better cut at 16-byte borders.
 
-    Narrow rows are left as they are: a program has one row at a time there, and a tile of many short rows hides more latency.
+    Args:
+        dim: numbers in a row.
+        least: ``RAGGED_FORWARD`` or ``RAGGED_BACKWARD``.
+        itemsizes: bytes of a number of the tensors that are read and written.
     """
-    return dim >= RAGGED_COLUMNS and dim * min(itemsizes) % 16 != 0
+    return dim >= least and dim * min(itemsizes) % 16 != 0
 
 
 @functools.lru_cache(maxsize=4096)
-def ragged_forward_blocks(dim: int, itemsize: int, vectors: int, processors: int, shared: int) -> RowBlocks:
-    """How a forward over ragged rows is cut: one row at a time, 16 numbers per thread.
+def ragged_forward_blocks(dim: int, itemsize: int, vectors: int, added: bool, processors: int) -> RowBlocks:
+    """How a forward over ragged rows is cut: one row at a time.
 
     As many programs as are resident at once, since each walks over its share of the rows: one more would run alone at the end.
 
     Args:
         dim, itemsize: as in :func:`forward_blocks`.
         vectors: how many rows of weights a program keeps in registers, weight and bias.
-        processors, shared: as in :func:`backward_blocks`.
+        added: whether a residual is added; with it, three programs of 16 warps are no longer resident (54 registers).
+        processors: multiprocessors of the device.
     """
     columns = max(16, _power_of_two(dim // 8 * 8))
-    warps = min(_MAX_WARPS, max(1, columns // 512))
-    resident = 24 if vectors == 2 else 32  # warps, of 80 and of 64 registers a thread (sm_90)
-    per_processor = max(1, min(16, resident // warps))
-    stages = 2 if per_processor * columns * itemsize <= shared - 8192 else 1
-    return RowBlocks(1, columns, warps, per_processor * processors, stages, ragged=True)
+    # From a sweep on one H200 at 32768×4097: 32 numbers a thread in bfloat16 (135 µs against 147 with 16), 8 in float32 (265
+    # against 283), 16 beside a bias (268).
+    if itemsize == 2 and columns > 1024:
+        numbers = 32
+    elif itemsize == 2 or vectors == 2 or added:
+        numbers = 16
+    else:
+        numbers = 8
+    warps = min(_MAX_WARPS, max(1, columns // (32 * numbers)))
+    # Warps that are resident, by what a thread needs: 92, 60 and 40 registers; beside a bias 125, 80 and 59 (sm_90).
+    resident = {32: (20, 16), 16: (32, 24), 8: (48, 32)}[max(8, min(32, columns // (32 * warps)))][vectors == 2]
+    return RowBlocks(1, columns, warps, max(1, min(16, resident // warps)) * processors, ragged=True)
 
 
 @functools.lru_cache(maxsize=4096)
-def ragged_backward_blocks(dim: int, itemsize: int, loads: int, processors: int, shared: int) -> RowBlocks:
+def ragged_backward_blocks(dim: int, itemsize: int, loads: int, sums: int, processors: int, shared: int) -> RowBlocks:
     """How a backward over ragged rows is cut: each program costs a row of partial sums, so the next rows wait in shared memory.
 
     Args:
         dim, itemsize: as in :func:`forward_blocks`.
         loads: how many tensors are read row by row.
+        sums: how many gradients are summed.
         processors, shared: as in :func:`backward_blocks`.
     """
     columns = max(16, _power_of_two(dim // 8 * 8))
-    warps = min(_MAX_WARPS, max(1, columns // 512))
-    per_processor = max(1, min(8, _MAX_WARPS // warps))  # of 128 registers a thread
+    # From a sweep on one H200 at 32768×4097. Two sums want 32 numbers a thread: 211 µs against 254 in bfloat16, 390 against 456
+    # in float32. One sum wants 16, and in float32 nothing that waits: 381 against 389.
+    numbers, resident = (32, 8) if sums == 2 else (16, _MAX_WARPS)
+    warps = min(_MAX_WARPS, max(1, columns // (32 * numbers)))
+    per_processor = max(1, min(8, resident // warps))
     waiting = columns * itemsize * loads * per_processor
-    # A third stage takes a float32 kernel to 138 registers, and of two programs one would wait for the other to end.
-    most = (2,) if itemsize > 2 else (3, 2)
+    most = (3, 2) if itemsize == 2 or sums == 2 else ()
     stages = next((stages for stages in most if (stages - 1) * waiting <= shared - 8192), 1)
     return RowBlocks(1, columns, warps, per_processor * processors, stages, ragged=True)
 
@@ -261,76 +285,3 @@ def column_sums(partials: Tensor, first: Tensor, second: Tensor | None = None) -
     kinds, programs, dim = partials.shape
     # 32 columns are one 128-byte line of each row of partial sums, and enough programs to fill the device from 4096 columns on.
     _COLUMN_SUMS((-(-dim // 32), kinds), (partials, first, first if second is None else second), (programs,), (dim, 128, 32), 8)
-
-
-@triton.jit(do_not_specialize=["dy_row_units", "s_row_units", "num_rows"])
-def _weight_sums_kernel(
-    dy_ptr,
-    s_ptr,
-    mean_ptr,
-    rstd_ptr,
-    partials_ptr,
-    dy_row_units,
-    s_row_units,
-    num_rows,
-    DIM: tl.constexpr,
-    UNIT: tl.constexpr,
-    WEIGHT_GRADIENT: tl.constexpr,
-    BIAS_GRADIENT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    program = tl.program_id(1)
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    cols_mask = cols < DIM
-    dweight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    dbias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    for tile in tl.range(program, tl.cdiv(num_rows, ROWS), tl.num_programs(1), num_stages=STAGES):
-        rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        rows_mask = rows < num_rows
-        mask = rows_mask[:, None] & cols_mask
-        dy = tl.load(dy_ptr + (rows * (dy_row_units * UNIT))[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
-        if WEIGHT_GRADIENT:
-            s = tl.load(s_ptr + (rows * (s_row_units * UNIT))[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
-            mean = tl.load(mean_ptr + rows, mask=rows_mask, other=0.0)[:, None]
-            rstd = tl.load(rstd_ptr + rows, mask=rows_mask, other=0.0)[:, None]
-            dweight += dy * ((s - mean) * rstd)
-        if BIAS_GRADIENT:
-            dbias += dy
-    partial_ptrs = partials_ptr + program.to(tl.int64) * DIM + cols
-    if WEIGHT_GRADIENT:
-        tl.store(partial_ptrs, tl.sum(dweight, axis=0)[None, :], mask=cols_mask)
-        partial_ptrs += tl.num_programs(1).to(tl.int64) * DIM
-    if BIAS_GRADIENT:
-        tl.store(partial_ptrs, tl.sum(dbias, axis=0)[None, :], mask=cols_mask)
-
-
-_WEIGHT_SUMS = Kernel(_weight_sums_kernel)
-
-
-def weight_sums(dy: Tensor, s: Tensor, mean: Tensor, rstd: Tensor, weight_gradient: bool, bias_gradient: bool) -> Tensor:
-    """Partial sums of a layer norm's weight and bias gradients by columns, for rows whose sums do not fit into registers.
-
-    Reads ``dy`` and ``s`` a second time, which is five passes over memory where one kernel would make three; the registers
-    that such a kernel spills would cost more.
-
-    Returns:
-        ``[weight_gradient + bias_gradient, programs, dim]`` float32, for :func:`column_sums`.
-    """
-    dim, num_rows = s.shape[-1], rstd.numel()
-    dy_rows, dy_stride = as_rows(dy)
-    s_rows, s_stride = as_rows(s)
-    unit = stride_unit(dy_stride, s_stride)
-    block, rows = 512, 8
-    columns = -(-dim // block)
-    programs = max(1, min(-(-num_rows // rows), 4 * device_facts(s)[0] // columns))
-    partials = torch.empty((weight_gradient + bias_gradient, programs, dim), dtype=torch.float32, device=s.device)
-    _WEIGHT_SUMS(
-        (columns, programs),
-        (dy_rows, s_rows, mean, rstd, partials),
-        (dy_stride // unit, s_stride // unit, num_rows),
-        (dim, unit, weight_gradient, bias_gradient, rows, block, 3),
-        8,
-    )
-    return partials

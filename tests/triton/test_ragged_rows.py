@@ -16,7 +16,14 @@ from oslo_fusion.ops import rms_norm as rms_op
 from oslo_fusion.ops.row_cases import drawer
 from oslo_fusion.testing import assert_close_to_reference
 from oslo_fusion.triton import layer_norm, ragged_rows, rms_norm
-from oslo_fusion.triton.rows import RowBlocks, is_ragged, ragged_backward_blocks, ragged_forward_blocks
+from oslo_fusion.triton.rows import (
+    RAGGED_BACKWARD,
+    RAGGED_FORWARD,
+    RowBlocks,
+    is_ragged,
+    ragged_backward_blocks,
+    ragged_forward_blocks,
+)
 
 EPS = 1e-5
 WIDTHS = (1, 3, 7, 9, 15, 17, 50, 1001, 4097)
@@ -85,8 +92,8 @@ def law(op: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.devic
     """Several draws judged together: over few numbers the largest error is a matter of luck."""
     rows, dim = shape
     blocks = (
-        few_programs(ragged_forward_blocks(dim, dtype.itemsize, 2, *FACTS)),
-        few_programs(ragged_backward_blocks(dim, dtype.itemsize, 3, *FACTS)),
+        replace(few_programs(ragged_forward_blocks(dim, dtype.itemsize, 2, not plain, FACTS[0])), ahead=kinds.get("ahead", 0)),
+        few_programs(ragged_backward_blocks(dim, dtype.itemsize, 3, 2, *FACTS)),
     )
     vectors = kinds.get("vectors", dtype)
     draws = []
@@ -122,6 +129,14 @@ def test_fewer_rows_than_programs(op: str, rows: int, device: torch.device) -> N
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("rows", [1, 8, 9, 19])
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("op", list(BOTH_WAYS))
+def test_the_next_row_is_loaded_ahead(op: str, rows: int, plain: bool, device: torch.device) -> None:
+    law(op, (rows, 131), torch.bfloat16, device, plain, ahead=1)
+
+
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("vectors", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", list(BOTH_WAYS))
 def test_mixed_dtypes_and_offset(op: str, vectors: torch.dtype | None, device: torch.device) -> None:
@@ -147,7 +162,8 @@ def test_launchers_choose_the_cut_by_themselves(op: str, device: torch.device, m
     for x, expected in (
         (draw(9, 1001), ["launch_forward", "launch_backward"]),
         (draw(9, 1000), []),
-        (draw(9, 203), []),
+        (draw(9, 255), []),
+        (draw(9, 257), ["launch_backward"]),
         (everything[:, 1:], []),  # rows that are no row's width apart
         (everything.flatten()[1 : 1 + 9 * 1001].view(9, 1001), []),  # the first row starts between borders
     ):
@@ -193,19 +209,23 @@ def test_only_wanted_gradients_are_summed(wanted: tuple[bool, bool], device: tor
 
 def test_which_rows_are_cut() -> None:
     for width, itemsize in ((4097, 2), (4097, 4), (4098, 2), (4100, 2)):
-        assert is_ragged(width, itemsize)
-    assert not is_ragged(4100, 4)
-    assert is_ragged(4100, 4, 2), "read in float32, written in bfloat16"
-    assert not is_ragged(4096, 2)
-    assert not is_ragged(50, 2)
+        assert is_ragged(width, RAGGED_FORWARD, itemsize)
+        assert is_ragged(width, RAGGED_BACKWARD, itemsize)
+    assert not is_ragged(4100, RAGGED_FORWARD, 4)
+    assert is_ragged(4100, RAGGED_FORWARD, 4, 2), "read in float32, written in bfloat16"
+    assert not is_ragged(4096, RAGGED_FORWARD, 2)
+    assert not is_ragged(257, RAGGED_FORWARD, 2)
+    assert is_ragged(257, RAGGED_BACKWARD, 2)
+    assert not is_ragged(50, RAGGED_BACKWARD, 2)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("dim", [515, 1001, 4097, 4103, 8191, 16383])
 @pytest.mark.parametrize("shared", [65_536, 166_912, 232_448])
-def test_blocks_hold_the_middle_and_what_waits_fits(dim: int, itemsize: int, shared: int) -> None:
-    forward = ragged_forward_blocks(dim, itemsize, 2, 132, shared)
-    backward = ragged_backward_blocks(dim, itemsize, 3, 132, shared)
+@pytest.mark.parametrize("vectors", [1, 2])
+def test_blocks_hold_the_middle_and_what_waits_fits(dim: int, itemsize: int, shared: int, vectors: int) -> None:
+    forward = ragged_forward_blocks(dim, itemsize, vectors, False, 132)
+    backward = ragged_backward_blocks(dim, itemsize, 3, vectors, 132, shared)
     for blocks, loads in ((forward, 1), (backward, 3)):
         assert blocks.ragged
         assert blocks.rows == 1
@@ -213,10 +233,26 @@ def test_blocks_hold_the_middle_and_what_waits_fits(dim: int, itemsize: int, sha
         assert blocks.columns <= 32 * 32 * blocks.warps
         assert 1 <= blocks.warps <= 16
         per_processor = blocks.programs // 132
+        assert per_processor * blocks.warps <= 64
         assert (blocks.stages - 1) * blocks.columns * itemsize * loads * per_processor < shared
         assert ragged_rows.programs_of(blocks, 10**6) % 8 == 0
         assert ragged_rows.programs_of(blocks, 5) == 5
-    assert ragged_forward_blocks(4097, 2, 1, 132, shared).columns == 4096
+
+
+def test_blocks_are_those_of_the_sweep() -> None:
+    def cut(blocks: RowBlocks) -> tuple[int, int, int]:
+        assert blocks.columns == 4096
+        return blocks.warps, blocks.programs // 132, blocks.stages
+
+    forward = {
+        (size, vectors): cut(ragged_forward_blocks(4097, size, vectors, False, 132)) for size in (2, 4) for vectors in (1, 2)
+    }
+    assert forward == {(2, 1): (4, 5, 1), (2, 2): (4, 4, 1), (4, 1): (16, 3, 1), (4, 2): (8, 3, 1)}
+    assert cut(ragged_forward_blocks(4097, 4, 1, True, 132)) == (8, 4, 1)
+    backward = {
+        (size, sums): cut(ragged_backward_blocks(4097, size, 2, sums, 132, 232_448)) for size in (2, 4) for sums in (1, 2)
+    }
+    assert backward == {(2, 1): (8, 2, 3), (2, 2): (4, 2, 3), (4, 1): (8, 2, 1), (4, 2): (4, 2, 3)}
 
 
 SIGNATURE = {"eps": "fp32", "num_rows": "i32", "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "partials_ptr": "*fp32"}
@@ -246,19 +282,17 @@ def test_kernels_compile_for_every_target(
     forward_absent = absent | ({} if with_residual else {"residual_ptr": None, "s_ptr": None})
     backward_absent = {k: v for k, v in absent.items() if k != "bias_ptr"} | ({} if with_residual else {"ds_ptr": None})
     for target, facts in TARGETS.items():
-        blocks = ragged_forward_blocks(dim, itemsize, 1 + centred, *facts)
-        tile = {"BLOCK": blocks.columns, "STAGES": blocks.stages}
+        blocks = ragged_forward_blocks(dim, itemsize, 1 + centred, with_residual, facts[0])
         kernel = ragged_rows._ragged_norm_fwd_kernel
-        values = {**shape, **tile, **forward_absent, "HAS_BIAS": centred, "HAS_RESIDUAL": with_residual}
+        values = {**shape, **forward_absent, "BLOCK": blocks.columns, "HAS_BIAS": centred, "HAS_RESIDUAL": with_residual}
+        values["AHEAD"] = blocks.ahead > 0
         built = compile_for_all_targets(kernel, signature(kernel, dtype), values, num_warps=blocks.warps, targets=(target,))[
             target
         ]
         if target == "sm_90":
-            asynchronous = r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10"
-            pattern = r"ld\.global\S*\.v4" if blocks.stages == 1 else asynchronous
-            assert re.search(pattern, built.assembly), "the middle is not read 16 bytes at a time"
+            assert re.search(r"ld\.global\S*\.v4", built.assembly), "the middle is not read 16 bytes at a time"
             assert re.search(r"st\.global\S*\.v4", built.assembly), "the middle is not written 16 bytes at a time"
-        blocks = ragged_backward_blocks(dim, itemsize, 2 + with_residual, *facts)
+        blocks = ragged_backward_blocks(dim, itemsize, 2 + with_residual, 1 + centred, *facts)
         tile = {"BLOCK": blocks.columns, "STAGES": blocks.stages}
         kernel = ragged_rows._ragged_norm_bwd_kernel
         flags = {"HAS_DS": with_residual, "WEIGHT_GRADIENT": True, "BIAS_GRADIENT": centred}
@@ -271,6 +305,7 @@ def test_kernels_compile_for_every_target(
             spill_allowed=16,  # sm_80 spills 8 bytes: two programs of 8 warps want 128 registers
         )[target]
         if target == "sm_90":
-            assert blocks.stages > 1
-            assert re.search(asynchronous, built.assembly), "the middle is not read 16 bytes at a time"
+            asynchronous = r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10"
+            pattern = asynchronous if blocks.stages > 1 else r"ld\.global\S*\.v4"
+            assert re.search(pattern, built.assembly), "the middle is not read 16 bytes at a time"
             assert re.search(r"st\.global\S*\.v4", built.assembly), "the middle is not written 16 bytes at a time"

@@ -25,9 +25,24 @@ def test_forward_tiles_cover_the_row_and_fit_the_registers(dim: int, itemsize: i
         assert dim <= blocks.columns < 2 * dim or dim == blocks.columns == 1
         assert blocks.rows & (blocks.rows - 1) == 0
         assert 1 <= blocks.warps <= 16
-        assert blocks.rows * blocks.columns <= 32 * 32 * blocks.warps
+        assert blocks.rows * blocks.columns <= 64 * 32 * blocks.warps
         assert blocks.programs == 0
         assert not few or blocks.rows == 1
+
+
+def test_forward_tiles_are_those_of_the_sweep() -> None:
+    assert [(b.rows, b.warps) for b in (forward_blocks(dim, 2, False) for dim in (768, 4096, 8192, 16384))] == [
+        (2, 2),
+        (1, 4),
+        (1, 8),
+        (1, 8),
+    ]
+    assert [(b.rows, b.warps) for b in (forward_blocks(dim, 4, False) for dim in (768, 4096, 8192, 16384))] == [
+        (2, 4),
+        (1, 8),
+        (1, 16),
+        (1, 8),
+    ]
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
