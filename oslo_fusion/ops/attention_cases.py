@@ -79,6 +79,16 @@ class AttentionCase:
             given |= {"dropout": self.dropout, "rng": torch.tensor([1234567890123, 1 << 40], device=device)}
         return given
 
+    def rounding(self, tensors: list[Tensor]) -> float:
+        """The largest that a gradient may come out that is zero but for rounding.
+
+        With one key to see, the scores' gradient is the difference of two equal sums over a head's numbers. They are float32 in
+        every dtype, in two orders, and what is left is multiplied by a key or a query.
+        """
+        largest = max(float(t.abs().max()) for t in tensors if t.numel())
+        scale: float = self.dim**-0.5 if self.scale is None else abs(self.scale)
+        return torch.finfo(torch.float32).eps * self.dim * largest**3 * scale
+
     def pairs(self) -> Tensor:
         """``[*mask_sizes, keys]``, true where a query may see a key."""
         assert self.mask_sizes is not None

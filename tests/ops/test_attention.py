@@ -37,7 +37,10 @@ def test_the_law_holds(name: str, dtype: torch.dtype, device: str) -> None:
 
     draws = [case.tensors(drawer(dtype, device, seed)) for seed in range(8)]
     for what, comparison in zip(("result", "dq", "dk", "dv", "dtable"), prove(ours, eager, *draws), strict=False):
-        assert comparison.same, f"{name}, {what}: {comparison}"
+        if name == "one token" and what in ("dq", "dk"):  # zero but for rounding
+            assert comparison.ours <= max(case.rounding(tensors) for tensors in draws), f"{what}: {comparison}"
+        else:
+            assert comparison.same, f"{name}, {what}: {comparison}"
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
