@@ -54,7 +54,7 @@ SHAPES = {
     "Llama": AttentionCase(8, 32, 8, 2048, 2048, 64, causal=True),
     "T5, 16384 tokens": replace(T5, batch=1, queries=16384, keys=16384),
 }
-SWEPT = ("T5-base encoder", "BERT, dropout")
+SWEPT = ("T5-base encoder, dropout", "BERT, dropout", "T5-base encoder")
 DRY_SHAPES = {
     "tiny T5": AttentionCase(table="encoder", dim=16),
     "tiny BERT": AttentionCase(dropout=0.1, padding="lengths"),

@@ -131,8 +131,8 @@ def backward_blocks(dim: int, itemsize: int, shared: int) -> BackwardBlocks:
         small = AttentionBlocks(32, 32, 4, 1)
         return BackwardBlocks(small, small, small)
     if width <= 64:
-        # The first spills 30 to 120 bytes a thread, and was as fast as 32×64, which does not, or faster: T5 0.655 and 0.668 ms
-        # for the whole backward on one H200, BERT with dropout 1.000 and 0.996.
+        # The first spills 30 to 140 bytes a thread, but was as fast as 32×64, which hardly does: T5 0.655 and 0.668
+        # ms for the whole backward on one H200, BERT with dropout 1.000 and 0.996.
         return BackwardBlocks(AttentionBlocks(64, 64, 4, 2), AttentionBlocks(64, 64, 4, 3), AttentionBlocks(128, 128, 8, 2))
     if width <= 128:
         if shared < 200_000:
@@ -728,6 +728,7 @@ def _attention_dkdv_kernel(
     HAS_RIGHT: tl.constexpr,
     DROPOUT: tl.constexpr,
     ASM: tl.constexpr,
+    APART: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -761,8 +762,7 @@ def _attention_dkdv_kernel(
     low = low // QUERIES * QUERIES
     if (k0 >= end) | (k0 + KEYS <= begin):
         high = low
-    # In float32 the queries of each head are summed alone first, as eager code does: one sum over all would be twice as wrong.
-    APART: tl.constexpr = sums_ptr.dtype.element_ty == tl.float64
+    # APART: queries of each head of a group are summed alone first, as eager code does. One sum over four is twice as wrong.
     dk = tl.zeros((KEYS, WIDTH), dtype=tl.float32)
     dv = tl.zeros((KEYS, WIDTH), dtype=tl.float32)
     all_dk, all_dv = dk, dv
@@ -1553,6 +1553,7 @@ def launch_attention_backward(
                 *setup.biases,
                 *setup.masks,
                 _reads_by_instruction(q),
+                q.dtype == torch.float32 and setup.heads != setup.kv_heads,
                 tile.queries,
                 tile.keys,
                 tile.stages,

@@ -242,6 +242,22 @@ def test_strides_of_all_kinds(device: torch.device) -> None:
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("poisoned", "small")
+def test_masks_of_all_strides(device: torch.device) -> None:
+    """A view of a larger mask, one expanded, one whose keys lie apart: as their copies."""
+    draw = drawer(torch.float16, device)
+    leaves = [draw(2, 3, 20, 16).requires_grad_() for _ in range(3)]
+    large = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0)).to(device) > 0.4
+    masks = [large[:, :, 7:27, 11:31], large[:, :1, :20, :20].transpose(2, 3), large[:1, :1, :1, :20].expand(2, 3, 20, 20)]
+    for mask in masks:
+        runs = []
+        for given in (mask, mask.clone(memory_format=torch.contiguous_format)):
+            y = op._Attention.apply(*op.prepare(*leaves, mask=given))
+            runs.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y) + y.detach())))
+        for first, second in zip(*runs, strict=True):
+            assert torch.equal(first, second)
+
+
 def test_lengths_on_a_gpu_never_lead_out_of_memory(device: torch.device) -> None:
     q, k, v = (drawer(torch.float32, device)(6, 1, 16) for _ in range(3))
     offsets = torch.tensor([0, 4, 99, -3], dtype=torch.int32, device=device)
@@ -323,15 +339,19 @@ PLAIN: dict[str, Any] = {
     "DROPOUT": False,
     "TABLE_GRADIENT": False,
     "DELTA": False,
+    "APART": False,
     "ALIGNED": True,
 }
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "T5": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "HAS_RIGHT": True},
-    "everything": {name: 2 if name == "RANGE" else True for name in PLAIN if name not in ("HAS_SLOPES", "ALIGNED", "DELTA")},
+    "everything": {
+        name: 2 if name == "RANGE" else True for name in PLAIN if name not in ("HAS_SLOPES", "ALIGNED", "DELTA", "APART")
+    },
     "ALiBi, dropout": {"HAS_SLOPES": True, "DROPOUT": True},
     "T5, padded": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "HAS_PAIRS": True},
     "sums": {"DELTA": True, "HAS_RIGHT": True},
+    "grouped": {"APART": True, "HAS_RIGHT": True},
 }
 NEEDED = {
     "distances_ptr": "HAS_TABLE",
@@ -376,6 +396,7 @@ def test_kernels_compile_for_every_target(
     backward = backward_blocks(dim, itemsize, SHARED[target])
     if dtype == "fp32":
         compiled(kernels._attention_dq_kernel, "sums", dtype, dim, backward.queries, target, compile_for_all_targets)
+        compiled(kernels._attention_dkdv_kernel, "grouped", dtype, dim, backward.keys, target, compile_for_all_targets)
     for kind in ("T5", "everything", "ALiBi, dropout") if (dtype, dim) == ("bf16", 64) else ("everything",):
         forward = forward_blocks(dim, itemsize, SHARED[target], KINDS[kind].get("HAS_TABLE", False))
         for kernel, tile in (
