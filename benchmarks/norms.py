@@ -188,7 +188,7 @@ class Sweep:
 
     Attributes:
         op, kind, rows, width, dtype: the operation, ``forward`` or ``backward``, and the shape.
-        predicted: percent of copy bandwidth that the chosen tile was expected to reach, before it was measured.
+        predicted: percent of copy bandwidth that the chosen tile is expected to reach.
     """
 
     op: str
@@ -206,10 +206,10 @@ class Sweep:
 
 _HALF, _FULL = torch.bfloat16, torch.float32
 SWEEPS = [
-    Sweep("layer_norm", "backward", 32768, 16384, _HALF, 86),
-    Sweep("layer_norm", "forward", 32768, 4097, _HALF, 82),
-    Sweep("rms_norm", "forward", 16384, 8191, _HALF, 88),
-    Sweep("layer_norm", "backward", 32768, 16384, _FULL, 87),
+    Sweep("layer_norm", "backward", 32768, 16384, _HALF, 88),
+    Sweep("layer_norm", "forward", 32768, 4097, _HALF, 92),
+    Sweep("rms_norm", "forward", 16384, 8191, _HALF, 95),
+    Sweep("layer_norm", "backward", 32768, 16384, _FULL, 91),
     Sweep("rms_norm", "forward", 32768, 4097, _HALF, 94),
     Sweep("rms_norm", "backward", 32768, 4097, _HALF, 91),
     Sweep("rms_norm", "forward", 32768, 4097, _FULL, 97),
@@ -233,61 +233,24 @@ SWEEPS = [
 SMALL = [(op, width, dtype) for op in ("rms_norm", "layer_norm") for width, dtype in ((3, _HALF), (17, _FULL), (515, _HALF))]
 
 
-# Beside the tile that is chosen: (part of the row, parts ahead, whether the next row is fetched into the L2 cache) of a wide
-# backward, and (warps, programs per multiprocessor, whether the next row is loaded ahead) of a forward over cut rows. As many
-# programs as the registers of sm_90 hold (Triton 3.6).
-_WIDE = {
-    _HALF: ((8192, 0, 0), (4096, 0, 0), (2048, 0, 0), (4096, 1, 0), (2048, 2, 0), (2048, 0, 1), (4096, 0, 1), (2048, 4, 1)),
-    _FULL: ((2048, 0, 0), (2048, 4, 0), (2048, 0, 1)),
-}
-_CUT = {
-    ("layer_norm", 4097): ((8, 3, 1), (16, 2, 1), (4, 3, 1), (2, 4, 1), (2, 4, 0)),
-    ("rms_norm", 4097): ((8, 4, 1), (4, 4, 1), (16, 2, 1)),
-    ("rms_norm", 8191): ((8, 2, 1), (16, 2, 1), (16, 2, 0), (4, 3, 0)),
-}
-
-
-def as_it_lies(job: Sweep, processors: int, shared: int) -> Any:
-    """The tile of a row that is not cut."""
-    from oslo_fusion.triton.rows import backward_blocks, forward_blocks
-
-    size = job.dtype.itemsize
-    if job.kind == "forward":
-        return forward_blocks(job.width, size, job.rows <= 2 * processors)
-    return backward_blocks(job.width, size, size, job.rows, 2, processors, shared)
-
-
 def candidates(job: Sweep, processors: int, shared: int) -> tuple[Any, dict[str, Any]]:
-    """The tile that the heuristic chooses, and all that are compared, by name."""
+    """The tile that the heuristic chooses, and all that are compared, by name: to try others, put them beside it."""
     from oslo_fusion.triton import rows as tiles
 
     size, vectors = job.dtype.itemsize, 1 if job.op == "rms_norm" else 2
-    if job.op == "layer_norm" and job.kind == "backward" and job.width > tiles.REGISTER_COLUMNS:
-        chosen = tiles.wide_backward_blocks(job.width, size, job.rows, processors)
-        cuts = [(chosen.columns, chosen.ahead, chosen.stages - 1), *_WIDE[job.dtype]]
-        return chosen, {
-            f"{part} wide, {ahead} ahead{', fetched' * fetched}": dataclasses.replace(
-                chosen, columns=part, ahead=ahead, stages=1 + fetched
-            )
-            for part, ahead, fetched in cuts
-        }
-    lies = as_it_lies(job, processors, shared)
-    least = tiles.RAGGED_FORWARD if job.kind == "forward" else tiles.RAGGED_BACKWARD
-    if not tiles.is_ragged(job.width, least, size):
-        return lies, {"chosen": lies}
-    if job.kind == "backward":
+    forward = job.kind == "forward"
+    ragged = tiles.is_ragged(job.width, tiles.RAGGED_FORWARD if forward else tiles.RAGGED_BACKWARD, size)
+    if not forward and vectors == 2 and job.width > tiles.REGISTER_COLUMNS:
+        chosen = tiles.wide_backward_blocks(size, job.rows, processors)
+    elif forward and ragged:
+        chosen = tiles.ragged_forward_blocks(job.width, size, vectors, False, processors)
+    elif forward:
+        chosen = tiles.forward_blocks(job.width, size, job.rows <= 2 * processors)
+    elif ragged:
         chosen = tiles.ragged_backward_blocks(job.width, size, 2, vectors, processors, shared)
-        return chosen, {"chosen": chosen}
-    chosen = tiles.ragged_forward_blocks(job.width, size, vectors, False, processors)
-    found = {"chosen": chosen}
-    if job.width == 4098:
-        found["as it lies"] = lies
-    if job.dtype == _HALF:
-        for warps, per, ahead in _CUT.get((job.op, job.width), ()):
-            cut = dataclasses.replace(chosen, warps=warps, programs=per * processors, ahead=ahead)
-            if cut != chosen:
-                found[f"{warps} warps ×{per}{', ahead' * ahead}"] = cut
-    return chosen, found
+    else:
+        chosen = tiles.backward_blocks(job.width, size, size, job.rows, 2, processors, shared)
+    return chosen, {"chosen": chosen}
 
 
 def kernel_call(job: Sweep, xs: Sequence[Tensor], dys: Sequence[Tensor], w: Tensor, stats: Tensor, blocks: Any) -> Any:

@@ -190,15 +190,6 @@ def _scale(weight_ptrs, mask, WEIGHT_OFFSET: tl.constexpr):
     return weight
 
 
-@triton.jit
-def _fetch(row_ptr, DIM: tl.constexpr, LINES: tl.constexpr):
-    """Ask for a row, line by line, to come into the L2 cache."""
-    NUMBERS: tl.constexpr = 1024 // row_ptr.dtype.element_ty.primitive_bitwidth
-    line_ptrs = row_ptr + tl.minimum(tl.arange(0, LINES) * NUMBERS, DIM - 1)
-    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
-    tl.inline_asm_elementwise(asm, "=r,l", [line_ptrs], dtype=tl.int32, is_pure=False, pack=1)
-
-
 @triton.jit(do_not_specialize=["dy_row_units", "ds_row_units", "s_row_units", "num_rows"])
 def _layer_norm_wide_bwd_kernel(
     dy_ptr,
@@ -224,7 +215,6 @@ def _layer_norm_wide_bwd_kernel(
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     AHEAD: tl.constexpr,
-    FETCH: tl.constexpr,
 ):
     # The two sums of 16384 columns are half of all registers, so a row cannot stay there. It is read twice, part by part: for
     # its means, then for its gradient, and the second time it is in the L1 cache still. One row at a time for that reason.
@@ -254,10 +244,6 @@ def _layer_norm_wide_bwd_kernel(
         dy_ptrs = dy_ptr + wide_row * (dy_row_units * UNIT) + cols
         next_s_ptrs = s_ptr + next_row * (s_row_units * UNIT) + cols
         next_dy_ptrs = dy_ptr + next_row * (dy_row_units * UNIT) + cols
-        if FETCH > 0:
-            fetched = tl.where(there, next_row, wide_row)
-            _fetch(s_ptr + fetched * (s_row_units * UNIT), DIM, FETCH)
-            _fetch(dy_ptr + fetched * (dy_row_units * UNIT), DIM, FETCH)
         along_row = tl.zeros((BLOCK // VECTOR,), dtype=tl.float32)
         along_ones = tl.zeros((BLOCK // VECTOR,), dtype=tl.float32)
         for part in tl.static_range(PARTS):
@@ -438,12 +424,10 @@ def launch_layer_norm_backward(
         loads, itemsize = 2 if ds is None else 3, s.element_size()
         blocks = backward_blocks(dim, itemsize, itemsize, num_rows, loads, *device_facts(s))
     elif blocks is None and sums:
-        blocks = wide_backward_blocks(dim, s.element_size(), num_rows, device_facts(s)[0])
+        blocks = wide_backward_blocks(s.element_size(), num_rows, device_facts(s)[0])
     elif blocks is None:
         blocks = no_weight_blocks(dim, s.element_size(), num_rows <= 2 * device_facts(s)[0])
     if blocks.reload:
-        # Only what was written for it fetches into a cache ahead; elsewhere such a row is read when it is needed.
-        fetches = blocks.stages > 1 and s.is_cuda and torch.version.hip is None
         partials = torch.empty((len(sums), blocks.programs, dim), dtype=torch.float32, device=s.device)
         with on_device(s):
             _WIDE_BACKWARD(
@@ -462,7 +446,6 @@ def launch_layer_norm_backward(
                     blocks.columns,
                     min(16 // s.element_size(), unit, blocks.columns // (32 * blocks.warps)),
                     blocks.ahead,
-                    triton.next_power_of_2(-(-dim * max(s.element_size(), dy.element_size()) // 128)) if fetches else 0,
                 ),
                 blocks.warps,
             )

@@ -23,7 +23,7 @@ from oslo_fusion.triton.launch import Kernel
 
 MAX_COLUMNS = 16384  # a wider row does not fit into the registers of 16 warps; 32 would be no block on an AMD GPU
 REGISTER_COLUMNS = 8192  # up to here a thread holds 16 numbers of each tensor, and all that a backward needs stays in registers
-WIDE_PART = 2048  # four numbers per thread of 16 warps: nothing spills, with half a row of 16-bit numbers ahead
+WIDE_PART = 2048  # four numbers per thread of 16 warps: nothing spills, with four parts of 16-bit numbers ahead
 # From so many columns on, a row whose width is no multiple of 16 bytes is cut at 16-byte borders. As it lies, in tiles of many
 # rows, 65536×257 bfloat16 takes 28 µs forward and 73 backward; cut, 36 and 51.
 RAGGED_FORWARD, RAGGED_BACKWARD = 512, 256
@@ -118,15 +118,16 @@ def backward_blocks(
     return RowBlocks(rows, columns, warps, min(per_processor * processors, -(-num_rows // rows)), stages, reload)
 
 
-def wide_backward_blocks(dim: int, itemsize: int, num_rows: int, processors: int) -> RowBlocks:
+def wide_backward_blocks(itemsize: int, num_rows: int, processors: int) -> RowBlocks:
     """How a layer norm's backward is cut that sums two gradients over rows too wide for the registers beside these sums.
 
     Returns:
         ``columns`` is the width of a part of the row; ``ahead`` how many parts of the next row are loaded before this one is
-        finished, 32 KB of two tensors.
+        finished.
     """
-    ahead = min(-(-dim // WIDE_PART) // 2, 8 // itemsize)
-    return RowBlocks(1, WIDE_PART, _MAX_WARPS, min(processors, num_rows), reload=True, ahead=ahead)
+    # From a sweep on one H200 at 32768×16384: 873 µs against 1015 with nothing ahead in bfloat16, 1686 against 2020 with two
+    # parts ahead in float32.
+    return RowBlocks(1, WIDE_PART, _MAX_WARPS, min(processors, num_rows), reload=True, ahead=4 if itemsize == 2 else 0)
 
 
 def is_ragged(dim: int, least: int, *itemsizes: int) -> bool:
@@ -153,18 +154,21 @@ def ragged_forward_blocks(dim: int, itemsize: int, vectors: int, added: bool, pr
         processors: multiprocessors of the device.
     """
     columns = max(16, _power_of_two(dim // 8 * 8))
-    # From a sweep on one H200 at 32768×4097: 32 numbers a thread in bfloat16 (135 µs against 147 with 16), 8 in float32 (265
-    # against 283), 16 beside a bias (268).
+    # From sweeps on one H200 at 32768×4097: 32 numbers a thread in bfloat16 (135 µs against 147 with 16), 64 beside a bias with
+    # the next row ahead (139 against 157 with 32 and nothing ahead); 8 in float32 (265 against 283), 16 beside a bias (268). At
+    # 16384×8191 in bfloat16 the next row ahead gives 134 against 155. Only there: wider rows beside a bias would spill.
+    ahead = itemsize == 2 and columns == (4096 if vectors == 2 else 8192)
     if itemsize == 2 and columns > 1024:
-        numbers = 32
+        numbers = 64 if ahead and vectors == 2 else 32
     elif itemsize == 2 or vectors == 2 or added:
         numbers = 16
     else:
         numbers = 8
     warps = min(_MAX_WARPS, max(1, columns // (32 * numbers)))
-    # Warps that are resident, by what a thread needs: 92, 60 and 40 registers; beside a bias 125, 80 and 59 (sm_90).
-    resident = {32: (20, 16), 16: (32, 24), 8: (48, 32)}[max(8, min(32, columns // (32 * warps)))][vectors == 2]
-    return RowBlocks(1, columns, warps, max(1, min(16, resident // warps)) * processors, ragged=True)
+    # Warps that are resident, by what a thread needs: 163, 92 (119 ahead), 60 and 40 registers; beside a bias 255, 125, 80 and
+    # 59 (sm_90).
+    resident = {64: (12, 8), 32: (20, 16), 16: (32, 24), 8: (48, 32)}[max(8, columns // (32 * warps))][vectors == 2]
+    return RowBlocks(1, columns, warps, max(1, min(16, resident // warps)) * processors, ahead=int(ahead), ragged=True)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -40,12 +40,11 @@ def test_norms_run_dry(capsys):
 
 
 @pytest.mark.parametrize("facts", [(132, 232_448), (304, 65_536)])
-def test_a_sweep_has_the_chosen_tile_and_others(facts):
+def test_a_sweep_has_the_chosen_tile(facts):
     pytest.importorskip("triton")
     for job in norms.SWEEPS:
         chosen, found = norms.candidates(job, *facts)
         assert list(found.values()).count(chosen) == 1, job.name
-        assert len(found) > 1, job.name
 
 
 CHECKS = """
@@ -54,7 +53,7 @@ from benchmarks import norms
 for small in norms.SMALL[::2]:
     norms.check_small(*small, torch.device("cpu"))
 wide = norms.Sweep("layer_norm", "backward", 5, 9000, torch.bfloat16)
-norms.check_candidates(wide, dict(list(norms.candidates(wide, 2, 232_448)[1].items())[:3]), 5, torch.device("cpu"))
+norms.check_candidates(wide, norms.candidates(wide, 2, 232_448)[1], 5, torch.device("cpu"))
 print("green")
 """
 

@@ -96,7 +96,8 @@ def padded(both: bool, device: str = "cpu") -> dict[str, Tensor]:
 def gradients(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
     loss = model(**given).loss
-    loss.backward()
+    # As a GradScaler does: float16 has no room for the gradients of single scores otherwise, in torch's fused kernels as here.
+    (loss * 1024).backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
 
 

@@ -91,8 +91,9 @@ NAMES = ("y", "s", "dx", "dweight", "dbias")
 def law(op: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, plain: bool, **kinds: Any) -> None:
     """Several draws judged together: over few numbers the largest error is a matter of luck."""
     rows, dim = shape
+    forward = few_programs(ragged_forward_blocks(dim, dtype.itemsize, 2, not plain, FACTS[0]))
     blocks = (
-        replace(few_programs(ragged_forward_blocks(dim, dtype.itemsize, 2, not plain, FACTS[0])), ahead=kinds.get("ahead", 0)),
+        replace(forward, ahead=kinds.get("ahead", forward.ahead)),
         few_programs(ragged_backward_blocks(dim, dtype.itemsize, 3, 2, *FACTS)),
     )
     vectors = kinds.get("vectors", dtype)
@@ -230,7 +231,7 @@ def test_blocks_hold_the_middle_and_what_waits_fits(dim: int, itemsize: int, sha
         assert blocks.ragged
         assert blocks.rows == 1
         assert dim // 8 * 8 <= blocks.columns < 2 * dim
-        assert blocks.columns <= 32 * 32 * blocks.warps
+        assert blocks.columns <= 64 * 32 * blocks.warps
         assert 1 <= blocks.warps <= 16
         per_processor = blocks.programs // 132
         assert per_processor * blocks.warps <= 64
@@ -244,11 +245,15 @@ def test_blocks_are_those_of_the_sweep() -> None:
         assert blocks.columns == 4096
         return blocks.warps, blocks.programs // 132, blocks.stages
 
-    forward = {
-        (size, vectors): cut(ragged_forward_blocks(4097, size, vectors, False, 132)) for size in (2, 4) for vectors in (1, 2)
-    }
-    assert forward == {(2, 1): (4, 5, 1), (2, 2): (4, 4, 1), (4, 1): (16, 3, 1), (4, 2): (8, 3, 1)}
-    assert cut(ragged_forward_blocks(4097, 4, 1, True, 132)) == (8, 4, 1)
+    def cut_forward(dim: int, itemsize: int, vectors: int, added: bool = False) -> tuple[int, int, int]:
+        blocks = ragged_forward_blocks(dim, itemsize, vectors, added, 132)
+        return blocks.warps, blocks.programs // 132, blocks.ahead
+
+    forward = {(size, vectors): cut_forward(4097, size, vectors) for size in (2, 4) for vectors in (1, 2)}
+    assert forward == {(2, 1): (4, 5, 0), (2, 2): (2, 4, 1), (4, 1): (16, 3, 0), (4, 2): (8, 3, 0)}
+    assert cut_forward(4097, 4, 1, True) == (8, 4, 0)
+    assert cut_forward(8191, 2, 1) == (8, 2, 1)
+    assert cut_forward(8191, 2, 2) == (8, 2, 0)
     backward = {
         (size, sums): cut(ragged_backward_blocks(4097, size, 2, sums, 132, 232_448)) for size in (2, 4) for sums in (1, 2)
     }
@@ -270,7 +275,7 @@ def signature(kernel: Any, dtype: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("dim", [1001, 4097])
+@pytest.mark.parametrize("dim", [1001, 4097, 8191])
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_kernels_compile_for_every_target(
@@ -286,9 +291,14 @@ def test_kernels_compile_for_every_target(
         kernel = ragged_rows._ragged_norm_fwd_kernel
         values = {**shape, **forward_absent, "BLOCK": blocks.columns, "HAS_BIAS": centred, "HAS_RESIDUAL": with_residual}
         values["AHEAD"] = blocks.ahead > 0
-        built = compile_for_all_targets(kernel, signature(kernel, dtype), values, num_warps=blocks.warps, targets=(target,))[
-            target
-        ]
+        built = compile_for_all_targets(
+            kernel,
+            signature(kernel, dtype),
+            values,
+            num_warps=blocks.warps,
+            targets=(target,),
+            spill_allowed=24 if blocks.ahead and centred else 0,  # of 1020 in registers: two rows of weights and a row ahead
+        )[target]
         if target == "sm_90":
             assert re.search(r"ld\.global\S*\.v4", built.assembly), "the middle is not read 16 bytes at a time"
             assert re.search(r"st\.global\S*\.v4", built.assembly), "the middle is not written 16 bytes at a time"
