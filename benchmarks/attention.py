@@ -54,7 +54,7 @@ SHAPES = {
     "Llama": AttentionCase(8, 32, 8, 2048, 2048, 64, causal=True),
     "T5, 16384 tokens": replace(T5, batch=1, queries=16384, keys=16384),
 }
-SWEPT = ("T5-base encoder", "BERT, dropout")
+SWEPT = ("T5-base encoder, dropout", "BERT, dropout", "T5-base encoder")
 DRY_SHAPES = {
     "tiny T5": AttentionCase(table="encoder", dim=16),
     "tiny BERT": AttentionCase(dropout=0.1, padding="lengths"),
@@ -93,7 +93,7 @@ QUERIES: list[Tile] = [
     (128, 128, 8, 2),
     (128, 32, 8, 3),
 ]
-TABLE: list[Tile] = [(128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 8, 1), (64, 64, 4, 2), (64, 128, 4, 2)]
+TABLE: list[Tile] = [(128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 8, 1), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2)]
 
 
 def ours(case: AttentionCase, device: torch.device) -> Call:
@@ -263,7 +263,10 @@ def candidates(case: AttentionCase, dtype: torch.dtype, device: torch.device) ->
     from oslo_fusion.triton.rows import device_facts
 
     shared = device_facts(torch.empty(0, device=device))[1]
-    chosen, backward = forward_blocks(case.dim, dtype.itemsize, shared), backward_blocks(case.dim, dtype.itemsize, shared)
+    chosen, backward = (
+        forward_blocks(case.dim, dtype.itemsize, shared, bool(case.table)),
+        backward_blocks(case.dim, dtype.itemsize, shared),
+    )
 
     def tiles(first: Any, rest: list[Tile]) -> list[Tile]:
         return list(dict.fromkeys([(first.queries, first.keys, first.warps, first.stages), *rest]))
@@ -272,10 +275,10 @@ def candidates(case: AttentionCase, dtype: torch.dtype, device: torch.device) ->
     result["dk, dv"] = [(t, replace(backward, keys=AttentionBlocks(*t))) for t in tiles(backward.keys, KEYS)]
     result["dq"] = []
     for t in tiles(backward.queries, QUERIES):
-        table = next(AttentionBlocks(*other) for other in TABLE if other[0] == t[0])
+        table = backward.table if backward.table.queries % t[0] == 0 else AttentionBlocks(*t)
         result["dq"].append((t, replace(backward, queries=AttentionBlocks(*t), table=table)))
     if case.table:
-        same = [t for t in TABLE if t[0] == backward.queries.queries]
+        same = [t for t in TABLE if t[0] % backward.queries.queries == 0]
         result["dtable"] = [(t, replace(backward, table=AttentionBlocks(*t))) for t in tiles(backward.table, same)]
     return result
 

@@ -232,7 +232,11 @@ def _bans(cuda: bool) -> Iterator[Case]:
 
 def _attentions(cuda: bool) -> Iterator[Case]:
     names = ("T5 encoder, padded", "T5 with dropout, unaligned", "left padding", "holes", "lengths", "packed with everything")
-    for name, dtype in zip((*names, "head size 80", "ALiBi both ways"), itertools.cycle(DTYPES), strict=False):
+    for name, dtype in zip(
+        (*names, "a mask, T5 decoder", "a mask for each head", "head size 80", "ALiBi both ways"),
+        itertools.cycle(DTYPES),
+        strict=False,
+    ):
         case = ATTENTION_CASES[name]
 
         def run(*tensors: Tensor, case: AttentionCase = case) -> Sequence[Tensor]:

@@ -7,8 +7,12 @@ Here the *table* of the bias takes the bias's place on its way through the layer
 needs (:mod:`oslo_fusion.ops.attention`). Cross-attention, whose bias is zeros, hands on a table without rows.
 
 That works because nothing between looks at the bias, and because either all attentions of a kind are sites or none is. An
-attention that runs as it was, for a cache, a mask, or attentions that are asked for, makes the bias from the table as the
-first layer would have.
+attention that runs as it was, for a cache, a mask that is added, or attentions that are asked for, makes the bias from the
+table as the first layer would have.
+
+Padded batches come with a boolean mask of queries and keys, which the operator reads as it is. A query that sees no key at all,
+such as padding on the left of a decoder, gets zeros, where transformers gives the mean of all values, padding and future keys
+included.
 
 This file imports no triton: the operator finds its kernels at the first CUDA tensor.
 """
@@ -51,8 +55,8 @@ _TIMED = (8, 512)
 class FusedRelativeAttention(nn.Module):
     """Donor for attention with T5's bias. The projections are called as modules, so that their hooks and adapters work.
 
-    What was not planned for runs as it was: another device or dtype, a cache, a mask, attentions asked for, another
-    ``attn_implementation``.
+    What was not planned for runs as it was: another device or dtype, a cache, a mask that is not boolean, attentions asked for,
+    another ``attn_implementation``.
     """
 
     _oslo_fusion_settings: dict[str, Any]
@@ -70,14 +74,15 @@ class FusedRelativeAttention(nn.Module):
         table = position_bias if position_bias is not None and position_bias.dim() == 2 else None
         given = {"mask": mask, "key_value_states": key_value_states, "past_key_values": past_key_values, **kwargs}
         cross = key_value_states is not None
-        if (table is not None or position_bias is None) and self._is_planned(mask, past_key_values, cross, kwargs):
+        source = key_value_states if key_value_states is not None else hidden_states
+        planned = _is_boolean(mask, hidden_states, source) and self._is_planned(past_key_values, cross, kwargs)
+        if planned and (table is not None or position_bias is None):
             q = self._heads(this.q(hidden_states))
             if fuses(self._oslo_fusion_settings, q):
-                source = key_value_states if key_value_states is not None else hidden_states
                 k, v = self._kept(self._heads(this.k(source)), self._heads(this.v(source)), past_key_values, cross)
                 if table is None:
                     table = self._own_table(q)
-                out = self._attend(q, k, v, table)
+                out = self._attend(q, k, v, table, mask)
                 return this.o(out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), table, None
         if table is None:
             return super().forward(hidden_states, position_bias=position_bias, **given)
@@ -85,9 +90,9 @@ class FusedRelativeAttention(nn.Module):
         output, _, *rest = super().forward(hidden_states, position_bias=position_bias, **given)
         return output, table, *rest
 
-    def _is_planned(self, mask: Tensor | None, cache: Any, cross: bool, kwargs: dict[str, Any]) -> bool:
+    def _is_planned(self, cache: Any, cross: bool, kwargs: dict[str, Any]) -> bool:
         this: Any = self
-        if mask is not None or kwargs.get("output_attentions") or this.config._attn_implementation != _SDPA:
+        if kwargs.get("output_attentions") or this.config._attn_implementation != _SDPA:
             return False
         if this.has_relative_attention_bias and has_hooks(getattr(self, TABLE)):
             return False
@@ -123,14 +128,15 @@ class FusedRelativeAttention(nn.Module):
             return weight
         return q.new_zeros((0, q.shape[1]))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
         this: Any = self
         return attention(
             q,
             k,
             v,
             scale=this.scaling,
-            causal=this.is_causal and q.shape[2] > 1,
+            causal=mask is None and this.is_causal and q.shape[2] > 1,  # a mask holds it, as for torch's own
+            mask=mask,
             bias_table=table if table.shape[0] else None,
             bidirectional=not this.is_decoder,
             max_distance=this.relative_attention_max_distance,
@@ -153,6 +159,15 @@ class FusedRelativeAttention(nn.Module):
             max_distance=this.relative_attention_max_distance,
         )
         return F.embedding(buckets, table).permute(2, 0, 1).unsqueeze(0)
+
+
+def _is_boolean(mask: Tensor | None, queries: Tensor, keys: Tensor) -> bool:
+    """Whether a mask is none, or says of each pair of these whether it is seen. Not so one that is added, or of more keys."""
+    if mask is None:
+        return True
+    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[3] != keys.shape[1]:
+        return False
+    return mask.shape[0] in (1, queries.shape[0]) and mask.shape[2] in (1, queries.shape[1])
 
 
 def _part(cache: Any, cross: bool) -> Any:

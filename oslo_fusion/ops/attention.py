@@ -4,8 +4,9 @@
     a = dropout(softmax(s over the keys that query i may see)),     out_i = Σ_j a[i, j] · v_j
 
 A query sees key j if ``p_i - left ≤ j ≤ p_i + right`` (causal: ``right = 0``), aligned to the last key as transformers' masks
-are, and if the key is no padding. A query that sees no key gets zeros and gives zero gradients, as torch's
-``scaled_dot_product_attention`` has it for boolean masks; transformers' additive masks would average over the padding.
+are, if the key is no padding, and if a mask of queries and keys says so. A query that sees no key gets zeros and gives zero
+gradients, as torch's ``scaled_dot_product_attention`` has it for boolean masks; transformers' additive masks would average over
+the padding.
 
 Bias of T5: ``table[bucket(j - p_i), head]``, with the buckets of ``T5Attention._relative_position_bucket``. ALiBi:
 ``-slope[head] · |j - p_i|``, which for causal attention is BLOOM's up to a number that softmax takes out again.
@@ -57,6 +58,7 @@ class Extras(NamedTuple):
         slopes: of ALiBi, ``[heads]``; they get no gradient.
         key_mask: ``[batch, keys]`` bool, true where a key is no padding.
         key_lengths: ``[batch]`` int32, keys before the padding on the right.
+        mask: ``[batch or 1, heads or 1, queries or 1, keys]`` bool, true where a query may see a key.
         q_offsets, k_offsets: ``[batch + 1]`` int32, where sequences of packed tokens begin, and their end.
         rng: ``[2]`` int64, seed and offset of the dropout.
     """
@@ -65,6 +67,7 @@ class Extras(NamedTuple):
     slopes: Tensor | None
     key_mask: Tensor | None
     key_lengths: Tensor | None
+    mask: Tensor | None
     q_offsets: Tensor | None
     k_offsets: Tensor | None
     rng: Tensor | None
@@ -157,6 +160,8 @@ def _check_padding(q: Tensor, k: Tensor, extras: Extras, options: Options) -> No
     mask, lengths = extras.key_mask, extras.key_lengths
     if extras.q_offsets is None or extras.k_offsets is None:
         batch, keys = k.shape[0], k.shape[2]
+        if extras.mask is not None:
+            _check_mask(extras.mask, (*q.shape[:3], keys))
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, keys)):
             raise _error("key_mask", f"{mask.dtype} {list(mask.shape)}", f"bool [{batch}, {keys}], true where no padding is")
         if lengths is not None:
@@ -167,8 +172,8 @@ def _check_padding(q: Tensor, k: Tensor, extras: Extras, options: Options) -> No
             if _is_readable(lengths) and bool(((lengths < 0) | (lengths > keys)).any()):
                 raise _error("key_lengths", lengths.tolist(), f"0 to {keys}, the number of keys")
         return
-    if mask is not None or lengths is not None:
-        raise _error("key_mask, key_lengths", "padding in packed sequences", "cu_seqlens alone")
+    if mask is not None or lengths is not None or extras.mask is not None:
+        raise _error("mask, key_mask, key_lengths", "padding in packed sequences", "cu_seqlens alone")
     ends = (("q", extras.q_offsets, q.shape[0], options.max_queries), ("k", extras.k_offsets, k.shape[0], options.max_keys))
     for name, offsets, tokens, longest in ends:
         if offsets.dtype != torch.int32 or offsets.dim() != 1 or offsets.shape[0] < 1:
@@ -183,6 +188,14 @@ def _check_padding(q: Tensor, k: Tensor, extras: Extras, options: Options) -> No
                 )
             if lengths.numel() and int(lengths.max()) > longest:
                 raise _error(f"max_seqlen_{name}", longest, f"at least {int(lengths.max())}, the longest sequence")
+
+
+def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+    fits = mask.dim() == 4 and mask.shape[3] == shape[3]
+    fits = fits and all(given in (1, full) for given, full in zip(mask.shape[:3], shape[:3], strict=True))
+    if mask.dtype != torch.bool or not fits:
+        allowed = f"bool {list(shape)}, true where a query may see a key; 1 for all of batch, heads or queries"
+        raise _error("mask", f"{mask.dtype} {list(mask.shape)}", allowed, "mask > -1 for a mask that is added")
 
 
 def _is_readable(x: Tensor) -> bool:
@@ -318,6 +331,8 @@ def _probabilities(q: Tensor, k: Tensor, number: int, extras: Extras, options: O
         seen = seen & extras.key_mask[:, None, None, :]
     if extras.key_lengths is not None:
         seen = seen & (key < extras.key_lengths[:, None, None, None])
+    if extras.mask is not None:
+        seen = seen & extras.mask
     s = s.masked_fill(~seen, float("-inf"))
     logsumexp = torch.logsumexp(s, -1) if keys else s.new_full(s.shape[:-1], float("-inf"))
     # Infinite where a query sees nothing: every probability that a kernel makes from it is then zero.
@@ -359,6 +374,7 @@ def attention_reference(
     slopes: Tensor | None,
     key_mask: Tensor | None,
     key_lengths: Tensor | None,
+    mask: Tensor | None,
     q_offsets: Tensor | None,
     k_offsets: Tensor | None,
     rng: Tensor | None,
@@ -377,7 +393,7 @@ def attention_reference(
         The attention in the shape of ``q``, and the logarithm of each query's sum of exponentials, for the backward: in base 2
         for half precision, as kernels compute, else in base e.
     """
-    extras = Extras(table, slopes, key_mask, key_lengths, q_offsets, k_offsets, rng)
+    extras = Extras(table, slopes, key_mask, key_lengths, mask, q_offsets, k_offsets, rng)
     options = Options(scale, left, right, bidirectional, max_distance, dropout, max_queries, max_keys)
     _check(q, k, v, extras, options)
     packed, wide, groups = q.dim() == 3, wide_dtype(q.dtype), q.shape[1] // k.shape[1]
@@ -440,8 +456,9 @@ def split(arguments: tuple[Any, ...]) -> tuple[Extras, Options, bool]:
 _BACKWARD = "attention_backward"
 _LIBRARY = torch.library.Library("oslo_fusion", "FRAGMENT")
 _ARGUMENTS = (
-    "Tensor? table, Tensor? slopes, Tensor? key_mask, Tensor? key_lengths, Tensor? q_offsets, Tensor? k_offsets, Tensor? rng, "
-    "float scale, int left, int right, bool bidirectional, int max_distance, float dropout, SymInt max_queries, SymInt max_keys"
+    "Tensor? table, Tensor? slopes, Tensor? key_mask, Tensor? key_lengths, Tensor? mask, Tensor? q_offsets, Tensor? k_offsets, "
+    "Tensor? rng, float scale, int left, int right, bool bidirectional, int max_distance, float dropout, SymInt max_queries, "
+    "SymInt max_keys"
 )
 _SCHEMAS = {
     NAME: f"(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor out, Tensor logsumexp)",
@@ -572,6 +589,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     key_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -594,6 +612,8 @@ def attention(
         alibi_slopes: ``[heads]``: ``-slope · |distance|`` is added. They get no gradient.
         key_mask: ``[batch, keys]`` bool, true where a key is no padding. A run of true is fastest: what is outside is skipped.
         key_lengths: ``[batch]`` int32 instead: keys before the padding on the right.
+        mask: ``[batch or 1, heads or 1, queries or 1, keys]`` bool, true where a query may see a key, as transformers gives it
+            to ``scaled_dot_product_attention``. A byte is read per score: what the others can say is faster said by them.
         cu_seqlens_q, cu_seqlens_k: ``[batch + 1]`` int32, cumulative lengths of packed sequences; that of keys defaults to that
             of queries. On a GPU their values are not looked at, and never lead outside of the tensors.
         max_seqlen_q, max_seqlen_k: the longest sequence; where missing, the host waits for it.
@@ -619,6 +639,7 @@ def attention(
         alibi_slopes=alibi_slopes,
         key_mask=key_mask,
         key_lengths=key_lengths,
+        mask=mask,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
@@ -653,6 +674,7 @@ def prepare(
     alibi_slopes: Tensor | None = None,
     key_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -681,6 +703,7 @@ def prepare(
         alibi_slopes,
         key_mask,
         key_lengths,
+        mask,
         cu_seqlens_q,
         cu_seqlens_k,
         rng if dropout else None,

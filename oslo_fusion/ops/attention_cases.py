@@ -24,6 +24,8 @@ class AttentionCase:
         table: T5's bias: ``encoder`` or ``decoder`` for its buckets.
         slopes: with ALiBi.
         padding: ``right``, ``left``, ``holes`` or ``all`` of one sequence as a mask; ``lengths`` for the right as numbers.
+        mask_sizes: batch, heads and queries of a mask of queries and keys; each 1 or its full size. It hides some pairs, and
+            all keys from one query.
         packed: lengths of packed sequences, queries and keys alike, instead of batch, queries and keys.
         buckets, max_distance: of T5's bias. Small, so that short sequences reach what is far.
     """
@@ -41,6 +43,7 @@ class AttentionCase:
     table: str | None = None
     slopes: bool = False
     padding: str | None = None
+    mask_sizes: tuple[int, int, int] | None = None
     packed: tuple[int, ...] | None = None
     buckets: int = 8
     max_distance: int = 9
@@ -68,11 +71,31 @@ class AttentionCase:
             given["key_lengths"] = self.mask().sum(1).to(device, torch.int32)
         elif self.padding:
             given["key_mask"] = self.mask().to(device)
+        if self.mask_sizes:
+            given["mask"] = self.pairs().to(device)
         if self.packed is not None:
             given["cu_seqlens_q"] = torch.tensor([0, *self.packed], device=device).cumsum(0).to(torch.int32)
         if self.dropout:
             given |= {"dropout": self.dropout, "rng": torch.tensor([1234567890123, 1 << 40], device=device)}
         return given
+
+    def rounding(self, tensors: list[Tensor]) -> float:
+        """The largest that a gradient may come out that is zero but for rounding.
+
+        With one key to see, the scores' gradient is the difference of two equal sums over a head's numbers. They are float32 in
+        every dtype, in two orders, and what is left is multiplied by a key or a query.
+        """
+        largest = max(float(t.abs().max()) for t in tensors if t.numel())
+        scale: float = self.dim**-0.5 if self.scale is None else abs(self.scale)
+        return torch.finfo(torch.float32).eps * self.dim * largest**3 * scale
+
+    def pairs(self) -> Tensor:
+        """``[*mask_sizes, keys]``, true where a query may see a key."""
+        assert self.mask_sizes is not None
+        sizes = (*self.mask_sizes, self.keys)
+        b, h, i, j = (torch.arange(size).view([-1 if d == dim else 1 for d in range(4)]) for dim, size in enumerate(sizes))
+        seen = (7 * b + h + 3 * i + 5 * j) % 4 != 1
+        return seen & (i != 2)
 
     def mask(self) -> Tensor:
         """``[batch, keys]``, true where no padding is. The first sequence is whole, the others are shorter and shorter."""
@@ -108,6 +131,7 @@ def eager_attention(case: AttentionCase) -> Callable[..., Tensor]:
         right = 0 if case.causal else right
         seen = seen if right is None else seen & (distance <= right)
         seen = seen if mask is None else seen & mask.to(device)[:, None, None, :]
+        seen = seen if case.mask_sizes is None else seen & case.pairs().to(device)
         # A row without a key would be NaN.
         p = torch.softmax(s.masked_fill(~seen, float("-inf")).masked_fill(~seen.any(-1, keepdim=True), 0.0), -1)
         p = p.masked_fill(~seen, 0.0)
@@ -164,6 +188,12 @@ ATTENTION_CASES: dict[str, AttentionCase] = {
     "ALiBi both ways": AttentionCase(queries=20, keys=33, slopes=True, padding="right"),
     "dropout": AttentionCase(queries=33, keys=50, dropout=0.1),
     "dropout, causal, grouped": AttentionCase(queries=33, keys=33, heads=4, causal=True, dropout=0.5),
+    "a mask for each sequence": AttentionCase(queries=33, keys=40, mask_sizes=(2, 1, 33)),
+    "a mask for each head": AttentionCase(queries=20, keys=33, heads=4, mask_sizes=(1, 4, 20), dropout=0.2),
+    "a mask of keys for all": AttentionCase(queries=33, keys=33, mask_sizes=(1, 1, 1), causal=True),
+    "a mask, T5 decoder": AttentionCase(
+        queries=50, keys=50, table="decoder", scale=1.0, mask_sizes=(2, 1, 50), padding="right", dropout=0.1
+    ),
     "packed": AttentionCase(packed=(17, 1, 33, 5)),
     "packed, an empty one": AttentionCase(packed=(17, 0, 20), causal=True),
     "packed with everything": AttentionCase(

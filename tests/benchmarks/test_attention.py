@@ -31,4 +31,4 @@ def test_every_cut_of_the_sweep_can_be_launched():
         for kernel, cuts in bench.candidates(case, torch.bfloat16, torch.device("cpu")).items():
             assert len({tile for tile, _ in cuts}) == len(cuts)
             for _, blocks in cuts if kernel != "forward" else ():
-                assert blocks.table.queries == blocks.queries.queries
+                assert blocks.table.queries % blocks.queries.queries == 0

@@ -84,6 +84,17 @@ def padding() -> Tensor:
     return mask
 
 
+def padded(both: bool, device: str = "cpu") -> dict[str, Tensor]:
+    """A batch whose source is padded on the right; with ``both`` the target too, whose padding is no label."""
+    given = batch(device, attention_mask=padding())
+    if both:
+        seen = torch.ones(2, 13, dtype=torch.long, device=device)
+        seen[1, 9:] = 0
+        given |= {"decoder_attention_mask": seen, "labels": given["labels"].masked_fill(seen == 0, -100)}
+        given["decoder_input_ids"] = torch.randint(2, 96, (2, 13), generator=torch.Generator().manual_seed(2)).to(device)
+    return given
+
+
 def gradients(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
     loss = model(**given).loss
@@ -172,11 +183,50 @@ def test_generate_and_outputs_that_are_asked_for() -> None:
 
 
 @pytest.mark.usefixtures("kernels_pretended")
-def test_padding_gives_the_same_answers() -> None:
+@pytest.mark.parametrize("both", [False, True])
+def test_padded_batches_are_computed_by_the_operator(both: bool, counted: list[Any]) -> None:
+    """transformers makes a boolean mask of queries and keys of them, which holds the causal one too."""
     model = model_of()
     twin = copy.deepcopy(model)
     fuse(model)
-    assert_same(model, twin, batch(attention_mask=padding()))
+    given = padded(both)
+    counted.clear()
+    assert_same(model, twin, given)
+    assert len(counted) == 9, "the same table goes on through the layers"
+    assert sum(call["mask"] is not None for call in counted) == (9 if both else 6)
+    assert sum(call["causal"] for call in counted) == (0 if both else 3)
+
+
+@pytest.mark.usefixtures("kernels_pretended")
+@pytest.mark.parametrize("block", [True, {"scope": "model"}, {"activation_memory_budget": 0}])
+@pytest.mark.parametrize("both", [False, True])
+def test_padded_batches_inside_a_compiled_graph(block: Any, both: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot_room, "COMPILER", "eager")
+    model = model_of()
+    twin = copy.deepcopy(model)
+    fuse(model, memory_efficient_fusion=block)
+    for given in (padded(both), batch()):  # a mask comes and goes with the batch
+        assert_same(model, twin, given)
+
+
+@pytest.mark.usefixtures("kernels_pretended")
+def test_other_masks_run_as_they_were(counted: list[Any]) -> None:
+    """A mask that is added, or one of more keys: bias and mask meet as transformers has it."""
+    model = model_of()
+    twin = copy.deepcopy(model).eval()
+    fuse(model.eval())
+    hidden = torch.randn(2, 7, 32)
+    layer, plain = (m.decoder.block[0].layer[0].SelfAttention for m in (model, twin))
+    counted.clear()
+    added = torch.zeros(2, 1, 7, 7)
+    added[0, :, :, 4:] = torch.finfo(torch.float32).min
+    expected = plain(hidden, mask=added)[0]
+    torch.testing.assert_close(layer(hidden, mask=added)[0], expected)
+    assert counted == []
+    seen = (added == 0).contiguous()
+    torch.testing.assert_close(layer(hidden, mask=seen)[0], expected)
+    torch.testing.assert_close(layer(hidden, mask=seen[:, :, :1])[0], expected)  # one row for all queries
+    assert len(counted) == 2
 
 
 @pytest.mark.usefixtures("kernels_pretended")
@@ -264,5 +314,5 @@ def test_models_obey_the_law_on_a_gpu(dtype: torch.dtype, compiled: bool, counte
     twin = copy.deepcopy(model)
     rows = fuse(model, memory_efficient_fusion=compiled)
     assert {row.outcome for row in rows} == {"fused"}, rows[0].reason
-    for given in (batch("cuda"), batch("cuda", attention_mask=padding())):
+    for given in (batch("cuda"), padded(False, "cuda"), padded(True, "cuda")):
         assert_same(model, twin, given)

@@ -37,7 +37,10 @@ def test_the_law_holds(name: str, dtype: torch.dtype, device: str) -> None:
 
     draws = [case.tensors(drawer(dtype, device, seed)) for seed in range(8)]
     for what, comparison in zip(("result", "dq", "dk", "dv", "dtable"), prove(ours, eager, *draws), strict=False):
-        assert comparison.same, f"{name}, {what}: {comparison}"
+        if name == "one token" and what in ("dq", "dk"):  # zero but for rounding
+            assert comparison.ours <= max(case.rounding(tensors) for tensors in draws), f"{what}: {comparison}"
+        else:
+            assert comparison.same, f"{name}, {what}: {comparison}"
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -143,7 +146,9 @@ def test_gradients_in_double_and_no_second_one() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["causal, a cache before", "T5 with dropout", "lengths", "packed", "ALiBi", "holes"])
+@pytest.mark.parametrize(
+    "name", ["causal, a cache before", "T5 with dropout", "lengths", "packed", "ALiBi", "holes", "a mask, T5 decoder"]
+)
 def test_the_operator_passes_opcheck(name: str, device: str) -> None:
     case = ATTENTION_CASES[name]
     for dtype in (torch.float32, torch.bfloat16):
@@ -221,7 +226,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({**PACKED, "cu_seqlens_q": torch.tensor([0, 7, 6]).int()}, "cu_seqlens_q: received [0, 7, 6]"),
     ({**PACKED, "cu_seqlens_q": torch.tensor([0, 6])}, "cu_seqlens_q: received torch.int64 [2]"),
     ({**PACKED, "max_seqlen_q": 3}, "max_seqlen_q: received 3. Allowed: at least 4"),
-    ({**PACKED, "key_mask": Z(1, 5, dtype=torch.bool)}, "key_mask, key_lengths: received padding in packed sequences"),
+    ({**PACKED, "key_mask": Z(1, 5, dtype=torch.bool)}, "mask, key_mask, key_lengths: received padding in packed sequences"),
+    ({**PACKED, "mask": Z(1, 1, 1, 5, dtype=torch.bool)}, "mask, key_mask, key_lengths: received padding in packed sequences"),
+    ({"mask": Z(1, 1, 5, 5)}, "mask: received torch.float32 [1, 1, 5, 5]. Allowed: bool [1, 2, 5, 5]"),
+    ({"mask": Z(1, 1, 5, 1, dtype=torch.bool)}, "mask: received torch.bool [1, 1, 5, 1]"),
+    ({"mask": Z(2, 1, 5, 5, dtype=torch.bool)}, "mask: received torch.bool [2, 1, 5, 5]"),
+    ({"mask": Z(1, 5, dtype=torch.bool)}, "mask: received torch.bool [1, 5]"),
+    ({"mask": Z(1, 1, 1, 5, dtype=torch.bool, device="meta")}, "mask: received a tensor on meta"),
 ]
 
 

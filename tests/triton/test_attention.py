@@ -53,7 +53,8 @@ def cut(monkeypatch: pytest.MonkeyPatch, forward: AttentionBlocks, backward: Bac
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of few queries and keys, of unequal sides, so that short sequences have several, near and far."""
     wide = AttentionBlocks(32, 16, 4, 2)
-    cut(monkeypatch, AttentionBlocks(16, 32, 4, 2), BackwardBlocks(AttentionBlocks(32, 16, 4, 2), wide, wide))
+    backward = BackwardBlocks(wide, AttentionBlocks(16, 16, 4, 2), wide)
+    cut(monkeypatch, AttentionBlocks(16, 32, 4, 2), backward)
 
 
 def launch(case: AttentionCase, device: torch.device) -> Callable[..., Tensor]:
@@ -85,21 +86,37 @@ def check(case: AttentionCase, dtype: torch.dtype, device: torch.device, draws: 
     eager = eager_attention(case)
     columns = results(launch(case, device), given, dtype), results(eager, given, dtype), results(eager, given, torch.float64)
     for what, ours, theirs, truth in zip(RESULTS, *columns, strict=False):
-        if not truth.any():  # a softmax over one key: what is left is a difference of two sums over a head's numbers
-            largest = max(float(t.abs().max()) for tensors in given for t in tensors)
-            assert ours.abs().max() <= torch.finfo(torch.float32).eps * case.dim * largest**3, f"{name} {dtype}, {what}"
+        rounding = max(case.rounding(tensors) for tensors in given)
+        if truth.abs().max() <= 1e-6 * rounding:  # zero but for rounding, in float64 too
+            assert ours.abs().max() <= rounding, f"{name} {dtype}, {what}: {ours.abs().max()} of {rounding}"
         else:
             comparison = compare(ours, theirs, truth)
             assert comparison.same, f"{name} {dtype}, {what}: {comparison}"
 
 
-@pytest.mark.usefixtures("poisoned", "small")
+@pytest.fixture
+def dot_as_on_a_gpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """k qᵀ to the bit what q kᵀ is: on a GPU both are the same sum in the same order, and numpy rounds them differently."""
+    if device.type == "cuda":
+        return
+    from triton.runtime import interpreter
+
+    def dot(_: Any, a: Any, b: Any, d: Any, *__: Any) -> Any:
+        product = a.data.astype("float64") @ b.data.astype("float64")
+        return interpreter.TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+FLOAT32 = ("one token", "causal, queries before the keys", "grouped", "head size 1", "a mask, T5 decoder")
+
+
+@pytest.mark.usefixtures("poisoned", "small", "dot_as_on_a_gpu")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", list(ATTENTION_CASES))
 def test_the_law_holds(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    if device.type == "cpu" and dtype == torch.float32:
-        # On a GPU both are the same sum in the same order, and the largest probability is 1 to the bit.
-        pytest.skip("numpy rounds k qᵀ otherwise than q kᵀ, so the backward's scores are not the forward's")
+    if device.type == "cpu" and dtype == torch.float32 and name not in FLOAT32:
+        pytest.skip("interpreted, float32 is judged in a few cases")
     check(ATTENTION_CASES[name], dtype, device, 3, name)
 
 
@@ -225,10 +242,26 @@ def test_strides_of_all_kinds(device: torch.device) -> None:
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("poisoned", "small")
+def test_masks_of_all_strides(device: torch.device) -> None:
+    """A view of a larger mask, one expanded, one whose keys lie apart: as their copies."""
+    draw = drawer(torch.float16, device)
+    leaves = [draw(2, 3, 20, 16).requires_grad_() for _ in range(3)]
+    large = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0)).to(device) > 0.4
+    masks = [large[:, :, 7:27, 11:31], large[:, :1, :20, :20].transpose(2, 3), large[:1, :1, :1, :20].expand(2, 3, 20, 20)]
+    for mask in masks:
+        runs = []
+        for given in (mask, mask.clone(memory_format=torch.contiguous_format)):
+            y = op._Attention.apply(*op.prepare(*leaves, mask=given))
+            runs.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y) + y.detach())))
+        for first, second in zip(*runs, strict=True):
+            assert torch.equal(first, second)
+
+
 def test_lengths_on_a_gpu_never_lead_out_of_memory(device: torch.device) -> None:
     q, k, v = (drawer(torch.float32, device)(6, 1, 16) for _ in range(3))
     offsets = torch.tensor([0, 4, 99, -3], dtype=torch.int32, device=device)
-    extras = op.Extras(None, None, None, None, offsets, offsets, None)
+    extras = op.Extras(None, None, None, None, None, offsets, offsets, None)
     options = op.Options(1.0, -1, -1, True, 128, 0.0, 64, 64)
     if device.type == "cpu":
         with pytest.raises(ConfigError, match=r"cu_seqlens_q: received \[0, 4, 99, -3\]"):
@@ -262,15 +295,16 @@ def test_what_is_far() -> None:
 
 def test_tiles_of_the_heuristic() -> None:
     assert [padded_dim(dim) for dim in (1, 16, 17, 80, 96, 128, 256)] == [16, 16, 32, 128, 128, 128, 256]
-    assert table_parts(36, 128, 132) == 3
+    assert table_parts(36, 128, 132) == 11
     assert table_parts(36, 2, 132) == 2
     assert table_parts(1000, 128, 132) == 1
     for dim, itemsize, shared in (
         (d, i, s) for d in (16, 64, 80, 128, 256) for i in (2, 4) for s in (65_536, 166_912, 232_448)
     ):
         backward = backward_blocks(dim, itemsize, shared)
-        assert backward.table.queries == backward.queries.queries, "what is far is cut by blocks of queries"
-        for tile in (forward_blocks(dim, itemsize, shared), backward.keys, backward.queries, backward.table):
+        assert backward.table.queries % backward.queries.queries == 0, "what is far is cut by blocks of queries"
+        forwards = (forward_blocks(dim, itemsize, shared, table) for table in (False, True))
+        for tile in (*forwards, backward.keys, backward.queries, backward.table):
             assert tile.queries % 16 == tile.keys % 16 == 0
             assert tile.queries + tile.keys <= kernels._REACH
 
@@ -285,6 +319,7 @@ POINTERS = {
     "distances_ptr": "*fp32",
     "slopes_ptr": "*fp32",
     "mask_ptr": "*i1",
+    "pairs_ptr": "*i1",
     "range_ptr": "*i32",
     "q_offsets_ptr": "*i32",
     "k_offsets_ptr": "*i32",
@@ -296,24 +331,33 @@ PLAIN: dict[str, Any] = {
     "HAS_TABLE": False,
     "HAS_SLOPES": False,
     "HAS_MASK": False,
+    "HAS_PAIRS": False,
     "RANGE": 0,
     "PACKED": False,
     "HAS_LEFT": False,
     "HAS_RIGHT": False,
     "DROPOUT": False,
     "TABLE_GRADIENT": False,
+    "DELTA": False,
+    "APART": False,
     "ALIGNED": True,
 }
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "T5": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "HAS_RIGHT": True},
-    "everything": {name: 2 if name == "RANGE" else True for name in PLAIN if name not in ("HAS_SLOPES", "ALIGNED")},
+    "everything": {
+        name: 2 if name == "RANGE" else True for name in PLAIN if name not in ("HAS_SLOPES", "ALIGNED", "DELTA", "APART")
+    },
     "ALiBi, dropout": {"HAS_SLOPES": True, "DROPOUT": True},
+    "T5, padded": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "HAS_PAIRS": True},
+    "sums": {"DELTA": True, "HAS_RIGHT": True},
+    "grouped": {"APART": True, "HAS_RIGHT": True},
 }
 NEEDED = {
     "distances_ptr": "HAS_TABLE",
     "slopes_ptr": "HAS_SLOPES",
     "mask_ptr": "HAS_MASK",
+    "pairs_ptr": "HAS_PAIRS",
     "range_ptr": "RANGE",
     "q_offsets_ptr": "PACKED",
     "k_offsets_ptr": "PACKED",
@@ -349,8 +393,12 @@ def test_kernels_compile_for_every_target(
     dtype: str, dim: int, target: str, compile_for_all_targets: Callable[..., Any]
 ) -> None:
     itemsize = 4 if dtype == "fp32" else 2
-    forward, backward = forward_blocks(dim, itemsize, SHARED[target]), backward_blocks(dim, itemsize, SHARED[target])
+    backward = backward_blocks(dim, itemsize, SHARED[target])
+    if dtype == "fp32":
+        compiled(kernels._attention_dq_kernel, "sums", dtype, dim, backward.queries, target, compile_for_all_targets)
+        compiled(kernels._attention_dkdv_kernel, "grouped", dtype, dim, backward.keys, target, compile_for_all_targets)
     for kind in ("T5", "everything", "ALiBi, dropout") if (dtype, dim) == ("bf16", 64) else ("everything",):
+        forward = forward_blocks(dim, itemsize, SHARED[target], KINDS[kind].get("HAS_TABLE", False))
         for kernel, tile in (
             (kernels._attention_fwd_kernel, forward),
             (kernels._attention_dkdv_kernel, backward.keys),
@@ -360,20 +408,25 @@ def test_kernels_compile_for_every_target(
             compiled(kernel, kind, dtype, dim, tile, target, compile_for_all_targets)
 
 
-@pytest.mark.parametrize("kind", ["plain", "T5", "ALiBi, dropout"])
+@pytest.mark.parametrize("kind", ["plain", "T5", "T5, padded", "ALiBi, dropout"])
 def test_nothing_spills_and_nothing_is_sorted_on_the_way(kind: str, compile_for_all_targets: Callable[..., Any]) -> None:
     """On an H200's kind of GPU at T5's and BERT's head size: bias and random mask are made where they are needed."""
-    forward, backward = forward_blocks(64, 2, SHARED["sm_90"]), backward_blocks(64, 2, SHARED["sm_90"])
-    for kernel, tile in (
-        (kernels._attention_fwd_kernel, forward),
-        (kernels._attention_dkdv_kernel, backward.keys),
-        (kernels._attention_dq_kernel, backward.queries),
+    backward = backward_blocks(64, 2, SHARED["sm_90"])
+    forward = forward_blocks(64, 2, SHARED["sm_90"], KINDS[kind].get("HAS_TABLE", False))
+    for kernel, tile, allowed in (
+        (kernels._attention_fwd_kernel, forward, 0),
+        (kernels._attention_dkdv_kernel, backward.keys, 128),  # and faster than tiles that do not, see backward_blocks
+        (kernels._attention_dq_kernel, backward.queries, 0),
     ):
         plain = compiled(kernel, "plain", "bf16", 64, tile, "sm_90", compile_for_all_targets)
         built = compiled(kernel, kind, "bf16", 64, tile, "sm_90", compile_for_all_targets)
-        assert built.spilled == 0, f"{kernel.__name__}: {built.registers} registers, {built.spilled} bytes spill"
+        assert built.spilled <= allowed, f"{kernel.__name__}: {built.registers} registers, {built.spilled} bytes spill"
         assert built.shared <= plain.shared + 2048, "a tile goes through shared memory"
         assert "wgmma.mma_async" in built.assembly
+    if KINDS[kind].get("HAS_TABLE"):
+        built = compiled(kernels._attention_dtable_kernel, kind, "bf16", 64, backward.table, "sm_90", compile_for_all_targets)
+        allowed = 128 if KINDS[kind].get("HAS_PAIRS") else 0  # 22 of 255 registers, once a tile of 128×128
+        assert built.spilled <= allowed, f"{built.registers} registers, {built.spilled} bytes spill"
 
 
 def test_other_kernels_compile_for_every_target(compile_for_all_targets: Callable[..., Any]) -> None:
@@ -393,9 +446,12 @@ def test_other_kernels_compile_for_every_target(compile_for_all_targets: Callabl
     compile_for_all_targets(kernels._attention_distances_kernel, signature, {"BLOCK": 512})
     signature = {"mask_ptr": "*i1", "range_ptr": "*i32", "keys": "i32", "batch_stride": "i32", "key_stride": "i32"}
     compile_for_all_targets(kernels._attention_range_kernel, signature, {"BLOCK": 1024})
-    signature = {"parts_ptr": "*fp32", "far_ptr": "*fp32", "buckets_ptr": "*i32", "dtable_ptr": "*bf16"}
-    signature |= dict.fromkeys(("heads", "batches", "blocks", "parts", "offsets", "first_offset", "reach"), "i32")
-    constants = {"BUCKETS": 32, "COUNT": 32, "QUERIES": 128, "KEYS": 64, "ROWS": 16, "SPAN": 256, "FAR": 1024}
+    signature = {"parts_ptr": "*fp32", "buckets_ptr": "*i32", "diagonals_ptr": "*fp32", "first_offset": "i32", "reach": "i32"}
+    constants = {"COUNT": 32, "QUERIES": 128, "KEYS": 128, "ROWS": 16, "SPAN": 256}
+    compile_for_all_targets(kernels._attention_dtable_diagonals_kernel, signature, constants)
+    signature = {"diagonals_ptr": "*fp32", "far_ptr": "*fp32", "buckets_ptr": "*i32", "dtable_ptr": "*bf16"}
+    signature |= dict.fromkeys(("heads", "batches", "blocks", "tiles", "reach"), "i32")
+    constants = {"BUCKETS": 32, "COUNT": 32, "ROWS": 16, "FAR": 1024}
     compile_for_all_targets(kernels._attention_dtable_sum_kernel, signature, constants, num_warps=8)
 
 
