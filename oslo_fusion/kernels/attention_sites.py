@@ -3,8 +3,8 @@
 transformers hands a bias of heads × queries × keys from the first layer of a stack to all others and adds it to the scores.
 Since it wants a gradient, ``scaled_dot_product_attention`` leaves its fast paths, computes in float32 and keeps the scores.
 Here the *table* of the bias takes the bias's place on its way through the layers: what a first layer returns as
-``position_bias`` is its ``relative_attention_bias.weight``, ``[buckets, heads]``, and each attention computes from it what it
-needs (:mod:`oslo_fusion.ops.attention`). Cross-attention, whose bias is zeros, hands on a table without rows.
+``position_bias`` is a copy of ``relative_attention_bias.weight``, ``[buckets, heads]``, and each attention computes from it
+what it needs (:mod:`oslo_fusion.ops.attention`). Cross-attention, whose bias is zeros, hands on a table without rows.
 
 That works because nothing between looks at the bias, and because either all attentions of a kind are sites or none is. An
 attention that runs as it was, for a cache, a mask that is added, or attentions that are asked for, makes the bias from the
@@ -30,7 +30,7 @@ from torch.func import functional_call
 
 from oslo_fusion import probe, surgery
 from oslo_fusion.config import FusionConfig
-from oslo_fusion.decide import HALF, Scope, Verdict, decide, dtypes_to_decide, fuses, mode_settings, propose, random, refuse
+from oslo_fusion.decide import HALF, Scope, Verdict, decide, dtypes_to_decide, mode_settings, propose, random, refuse
 from oslo_fusion.environment import Environment
 from oslo_fusion.kernels.norm_sites import ROOM
 from oslo_fusion.ops.attention import NAME, attention
@@ -75,23 +75,26 @@ class FusedRelativeAttention(nn.Module):
         given = {"mask": mask, "key_value_states": key_value_states, "past_key_values": past_key_values, **kwargs}
         cross = key_value_states is not None
         source = key_value_states if key_value_states is not None else hidden_states
-        planned = _is_boolean(mask, hidden_states, source) and self._is_planned(past_key_values, cross, kwargs)
-        if planned and (table is not None or position_bias is None):
+        planned = self._is_planned(hidden_states, past_key_values, cross, kwargs)
+        if planned and _is_boolean(mask, hidden_states, source) and (table is not None or position_bias is None):
             q = self._heads(this.q(hidden_states))
-            if fuses(self._oslo_fusion_settings, q):
-                k, v = self._kept(self._heads(this.k(source)), self._heads(this.v(source)), past_key_values, cross)
-                if table is None:
-                    table = self._own_table(q)
-                out = self._attend(q, k, v, table, mask)
-                return this.o(out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), table, None
+            k, v = self._kept(self._heads(this.k(source)), self._heads(this.v(source)), past_key_values, cross)
+            if table is None:
+                table = self._own_table(q)
+            out = self._attend(q, k, v, table, mask)
+            return this.o(out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), table, None
         if table is None:
             return super().forward(hidden_states, position_bias=position_bias, **given)
         position_bias = self._bias(table, hidden_states, key_value_states, past_key_values)
         output, _, *rest = super().forward(hidden_states, position_bias=position_bias, **given)
         return output, table, *rest
 
-    def _is_planned(self, cache: Any, cross: bool, kwargs: dict[str, Any]) -> bool:
+    def _is_planned(self, x: Tensor, cache: Any, cross: bool, kwargs: dict[str, Any]) -> bool:
         this: Any = self
+        settings, kind = self._oslo_fusion_settings, x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if kind != settings["device"] or dtype not in settings["training" if torch.is_grad_enabled() else "inference"]:
+            return False
         if kwargs.get("output_attentions") or this.config._attn_implementation != _SDPA:
             return False
         if this.has_relative_attention_bias and has_hooks(getattr(self, TABLE)):
@@ -124,8 +127,9 @@ class FusedRelativeAttention(nn.Module):
     def _own_table(self, q: Tensor) -> Tensor:
         this: Any = self
         if this.has_relative_attention_bias:
-            weight: Tensor = getattr(self, TABLE).weight
-            return weight
+            # A copy, of 32 × 12 numbers: under FSDP the parameter's memory is gone when the next layer reads it.
+            table: Tensor = getattr(self, TABLE).weight.clone()
+            return table
         return q.new_zeros((0, q.shape[1]))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:

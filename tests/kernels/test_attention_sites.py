@@ -108,7 +108,8 @@ def assert_same(model: Any, twin: Any, given: dict[str, Tensor]) -> None:
     ours, theirs, truth = gradients(model, given), gradients(twin, given), gradients(exact, given)
     for name, reference in truth.items():
         if name == "loss":
-            torch.testing.assert_close(ours[name].double(), reference, rtol=4 * torch.finfo(ours[name].dtype).eps, atol=0)
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else ours[name].dtype
+            torch.testing.assert_close(ours[name].double(), reference, rtol=4 * torch.finfo(dtype).eps, atol=0)
         else:
             assert_close_to_reference(ours[name], theirs[name], reference, name, norm="l2")
 
@@ -153,7 +154,9 @@ def test_what_runs_as_it_was_gets_a_bias_made_from_the_table(counted: list[Any])
     first, second = (model.encoder.block[i].layer[0].SelfAttention for i in (0, 1))
     counted.clear()
     _, table, _ = first(hidden)
-    assert table is first.relative_attention_bias.weight
+    weight = first.relative_attention_bias.weight
+    assert torch.equal(table, weight)
+    assert table.data_ptr() != weight.data_ptr(), "the parameter's memory may be gone when the next layer reads it"
     output, handed_on, _ = second(hidden, position_bias=table, output_attentions=True)
     assert len(counted) == 1
     assert handed_on is table
@@ -227,6 +230,29 @@ def test_other_masks_run_as_they_were(counted: list[Any]) -> None:
     torch.testing.assert_close(layer(hidden, mask=seen)[0], expected)
     torch.testing.assert_close(layer(hidden, mask=seen[:, :, :1])[0], expected)  # one row for all queries
     assert len(counted) == 2
+
+
+@pytest.mark.usefixtures("kernels_pretended")
+def test_under_autocast(counted: list[Any]) -> None:
+    model = model_of()
+    twin = copy.deepcopy(model)
+    fuse(model)
+    counted.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(model, twin, batch())
+    assert len(counted) == 9
+
+
+@pytest.mark.usefixtures("kernels_pretended")
+def test_what_is_not_planned_for_calls_each_projection_once() -> None:
+    model = model_of()
+    fuse(model)
+    model = model.double()
+    calls: list[str] = []
+    attention = model.encoder.block[0].layer[0].SelfAttention
+    attention.q.register_forward_hook(lambda *_: calls.append("q"))
+    attention(torch.randn(2, 7, 32, dtype=torch.float64))
+    assert calls == ["q"]
 
 
 @pytest.mark.usefixtures("kernels_pretended")
