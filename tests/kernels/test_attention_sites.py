@@ -233,14 +233,15 @@ def test_other_masks_run_as_they_were(counted: list[Any]) -> None:
 
 
 @pytest.mark.usefixtures("kernels_pretended")
-def test_under_autocast(counted: list[Any]) -> None:
+def test_under_autocast_that_was_not_planned_for(counted: list[Any]) -> None:
+    """On a CPU half precision is not decided for: the bias is made as always."""
     model = model_of()
     twin = copy.deepcopy(model)
     fuse(model)
     counted.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same(model, twin, batch())
-    assert len(counted) == 9
+    assert not counted
 
 
 @pytest.mark.usefixtures("kernels_pretended")
