@@ -189,6 +189,7 @@ class Sweep:
     Attributes:
         op, kind, rows, width, dtype: the operation, ``forward`` or ``backward``, and the shape.
         predicted: percent of copy bandwidth that the chosen tile is expected to reach.
+        behind: a peer is ahead there, or too little of the bandwidth is reached: other tiles are timed beside the chosen one.
     """
 
     op: str
@@ -197,6 +198,7 @@ class Sweep:
     width: int
     dtype: torch.dtype
     predicted: float | None = None
+    behind: bool = False
 
     @property
     def name(self) -> str:
@@ -206,6 +208,15 @@ class Sweep:
 
 _HALF, _FULL = torch.bfloat16, torch.float32
 SWEEPS = [
+    *(Sweep(op, "forward", 4096, 768, _FULL, behind=True) for op in ("rms_norm", "layer_norm")),
+    Sweep("rms_norm", "forward", 4096, 1024, _FULL, behind=True),
+    Sweep("rms_norm", "forward", 4096, 8192, _HALF, behind=True),
+    Sweep("layer_norm", "forward", 4096, 4096, _FULL, behind=True),
+    *(Sweep("layer_norm", "forward", rows, 16384, _HALF, behind=True) for rows in (4096, 32768)),
+    Sweep("layer_norm", "forward", 32768, 768, _HALF, behind=True),
+    Sweep("layer_norm", "backward", 4096, 8192, _HALF, behind=True),
+    Sweep("layer_norm", "backward", 4096, 16384, _HALF, behind=True),
+    *(Sweep("layer_norm", kind, 4096, 4097, _FULL, behind=True) for kind in ("forward", "backward")),
     Sweep("layer_norm", "backward", 32768, 16384, _HALF, 88),
     Sweep("layer_norm", "forward", 32768, 4097, _HALF, 92),
     Sweep("rms_norm", "forward", 16384, 8191, _HALF, 95),
@@ -217,10 +228,8 @@ SWEEPS = [
     Sweep("layer_norm", "backward", 32768, 4097, _HALF, 91),
     Sweep("layer_norm", "forward", 32768, 4097, _FULL, 96),
     Sweep("layer_norm", "backward", 32768, 4097, _FULL, 98),
-    Sweep("layer_norm", "forward", 32768, 768, _HALF, 87),
     Sweep("rms_norm", "forward", 32768, 768, _HALF, 88),
     Sweep("rms_norm", "forward", 32768, 16384, _FULL, 102),
-    Sweep("layer_norm", "forward", 32768, 16384, _HALF, 97),
     Sweep("layer_norm", "forward", 32768, 16384, _FULL, 101),
     Sweep("rms_norm", "forward", 32768, 4098, _HALF, 94),
     Sweep("rms_norm", "backward", 32768, 4098, _HALF, 89),
@@ -250,7 +259,29 @@ def candidates(job: Sweep, processors: int, shared: int) -> tuple[Any, dict[str,
         chosen = tiles.ragged_backward_blocks(job.width, size, 2, vectors, processors, shared)
     else:
         chosen = tiles.backward_blocks(job.width, size, size, job.rows, 2, processors, shared)
-    return chosen, {"chosen": chosen}
+    return chosen, {"chosen": chosen, **(_others(job, chosen, processors) if job.behind else {})}
+
+
+def _others(job: Sweep, chosen: Any, processors: int) -> dict[str, Any]:
+    """Tiles near the chosen one: half and twice as many rows, warps, programs; fewer and more of a row's bytes under way."""
+    halves = {
+        name: sorted({max(1, value // 2), value, value * 2}) for name, value in (("rows", chosen.rows), ("warps", chosen.warps))
+    }
+    near = [
+        dataclasses.replace(chosen, rows=rows, warps=min(16, warps)) for rows in halves["rows"] for warps in halves["warps"]
+    ]
+    if chosen.ragged or (job.kind == "backward" and job.width > 8192):
+        near = [tile for tile in near if tile.rows == 1]  # these kernels take a row at a time
+    if chosen.programs:
+        share = chosen.programs / processors
+        near = [dataclasses.replace(t, programs=max(1, round(f * share)) * processors) for t in near for f in (0.5, 1, 2)]
+        near += [dataclasses.replace(chosen, stages=stages) for stages in (1, 2, 3)]
+        near += [dataclasses.replace(chosen, ahead=ahead) for ahead in (0, 1, 2, 4)] if chosen.ragged or chosen.ahead else []
+    names = {
+        tile: f"{tile.rows} rows, {tile.warps} warps, {tile.programs} programs, {tile.stages} stages, {tile.ahead} ahead"
+        for tile in near
+    }
+    return {name: tile for tile, name in names.items() if tile != chosen}
 
 
 def kernel_call(job: Sweep, xs: Sequence[Tensor], dys: Sequence[Tensor], w: Tensor, stats: Tensor, blocks: Any) -> Any:
