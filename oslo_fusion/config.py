@@ -49,8 +49,8 @@ class MemoryEfficientFusion:
     """The ``memory_efficient_fusion`` block: AOT Autograd and Inductor, and how much of the forward is kept for the backward.
 
     Attributes:
-        activation_memory_budget: 1 is fastest, 0 recomputes everything in the backward. In ``scope: layer`` that is each
-            layer's own share: 0 keeps a layer's inputs, as gradient checkpointing does.
+        activation_memory_budget: 1 is fastest, 0 recomputes everything in the backward but what is random. In
+            ``scope: layer`` that is each layer's own share: 0 keeps a layer's inputs, as gradient checkpointing does.
         scope: ``layer`` compiles a repeated layer once for all its kind; ``model`` the whole forward, or with
             ``FusedLinearCrossEntropy`` all below the head.
         replacements: ``package.module:name`` of each :class:`oslo_fusion.aot.Replacement` to use: one's own kernels in

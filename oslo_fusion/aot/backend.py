@@ -66,8 +66,9 @@ class Backend:
     """A Dynamo backend with a memory budget, graph passes, replacements and a record, all of this instance alone.
 
     Args:
-        activation_memory_budget: 1 keeps what min-cut finds fastest, 0 recomputes everything in the backward, as
-            checkpointing the whole graph would; between them the dearest to recompute is kept, up to this share of memory.
+        activation_memory_budget: 1 keeps what min-cut finds fastest, 0 recomputes everything in the backward but what is
+            random, as checkpointing the whole graph would; between them the dearest to recompute is kept, up to this share of
+            memory.
         passes: called in order with each graph of ATen and ``oslo_fusion::`` operators, forward and backward apart, just
             before Inductor generates its code. They change the graph in place.
         replacements: one's own kernels in place of patterns.
