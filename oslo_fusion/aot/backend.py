@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from oslo_fusion.aot.gated_mlps import CUT_AT, Parts, cut_gated_mlps
 from oslo_fusion.aot.record import Break, Graph, Record
 from oslo_fusion.config import MemoryEfficientFusion
 from oslo_fusion.errors import ConfigError, OsloFusionError
@@ -68,7 +69,7 @@ class Backend:
     Args:
         activation_memory_budget: 1 keeps what min-cut finds fastest, 0 recomputes everything in the backward but what is
             random, as checkpointing the whole graph would; between them the dearest to recompute is kept, up to this share of
-            memory.
+            memory. Up to a quarter, gated MLPs have their backward in parts.
         passes: called in order with each graph of ATen and ``oslo_fusion::`` operators, forward and backward apart, just
             before Inductor generates its code. They change the graph in place.
         replacements: one's own kernels in place of patterns.
@@ -115,11 +116,12 @@ class Backend:
             # dropout on one core: 46 → 36 ms, uncompiled 41), and drops what the uncompiled model would.
             patches["fallback_random"] = True
         start = time.perf_counter()
+        parts = cut_gated_mlps(graph) if self.activation_memory_budget <= CUT_AT else Parts()
         # At exactly 0 the partitioner forgets what must be kept; the smallest budget above it gives the same otherwise.
         budget = max(self.activation_memory_budget, 1e-9)
         with functorch_config.patch(**_PARTITION, activation_memory_budget=budget):
             compiled: Any = compile_fx(graph, example_inputs, config_patches=patches or None, **inner)
-        self.record.graphs.append(written(time.perf_counter() - start))
+        self.record.graphs.append(replace(written(time.perf_counter() - start), parts=parts.cut, whole=parts.whole))
         return compiled  # type: ignore[no-any-return]
 
 

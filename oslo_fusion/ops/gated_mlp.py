@@ -34,7 +34,8 @@ from oslo_fusion.ops.glu import ACTIVATIONS, DTYPES, glu
 from oslo_fusion.ops.kernels import find_kernels, is_plain
 
 NAME = "gated_mlp"
-_ALIGNED = 128  # numbers: what a part's width is a multiple of where a matmul's tiles are at stake
+_NARROWEST = 1024  # columns of a part: its weight gradients, 1024×2048 of 16384 tokens, still have a tile per multiprocessor
+_ALIGNED = 128  # columns, of which a part's are a multiple: the side of a matmul's tile
 _BLOCK = 1 << 16  # numbers of a part that plain PyTorch works on at a time: its float32 copies stay small, and in the cache
 Optional = Tensor | None
 
@@ -104,16 +105,15 @@ def gated_mlp_reference(
 def part_width(inner: int, dim: int) -> int:
     """How many columns of the inner width the backward works on at a time.
 
-    About as many as ``x`` has: then what is alive at once, three tensors of a part, is three times ``x`` whatever the ratio of
-    the two widths, and a matmul is at least as large as the square ones of attention's projections.
+    About half as many as ``x`` has: then what is in memory at once, three tensors of a part, is one and a half times ``x``,
+    whatever the ratio of the two widths. Narrower parts would save less than the gradient of ``x`` takes, and round it oftener.
 
     Args:
         inner: the inner width.
         dim: that of ``x``.
     """
-    parts = max(1, round(inner / dim))
-    unit = _ALIGNED if inner // parts >= _ALIGNED else 8
-    return min(inner, -(-inner // (parts * unit)) * unit)
+    parts = max(1, inner // max(dim // 2, _NARROWEST))
+    return min(inner, -(-inner // (parts * _ALIGNED)) * _ALIGNED)
 
 
 def glu_backward_in_place(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
