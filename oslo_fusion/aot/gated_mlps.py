@@ -231,7 +231,9 @@ def _check_values(x: Any, *tensors: Any) -> None:
     if any(not isinstance(v, Tensor) for v in values):
         raise _LeaveError("its shapes are not known")
     if any(is_traceable_wrapper_subclass(v) for v in values):
-        raise _LeaveError("its tensors are of a class of their own (DTensor, quantized): their gradients are that class' matter")
+        raise _LeaveError(
+            "its tensors are of a class of their own (DTensor, quantized): their gradients are that class' matter"
+        )
     kind = values[0].device.type
     autocast = torch.is_autocast_enabled(kind)
     alike = all(v.dtype == values[0].dtype for v in values) or autocast

@@ -1,0 +1,248 @@
+"""Gated MLPs in compiled layers: found in every family, cut at low budgets only, the same gradients in less memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+import oslo_fusion
+from oslo_fusion.aot import Backend, backend, room
+from oslo_fusion.aot.record import Record
+from oslo_fusion.ops import gated_mlp as op
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+}
+T5 = {"d_model": 32, "d_ff": 88, "d_kv": 8, "num_heads": 2, "num_layers": 2, "vocab_size": 64, "dropout_rate": 0.0}
+FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {  # the model's class, its sizes, and how many programs its layers make
+    "Llama": ("LlamaForCausalLM", {**SIZES, "mlp_bias": True}, 1),
+    "Mistral": ("MistralForCausalLM", SIZES, 1),
+    "Qwen 3": ("Qwen3ForCausalLM", SIZES, 1),
+    "Gemma": ("GemmaForCausalLM", SIZES, 1),
+    "Phi-3": ("Phi3ForCausalLM", SIZES, 1),
+    "T5 v1.1": ("T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}, 4),
+}
+
+
+def config(budget: float) -> dict[str, Any]:
+    block = {"activation_memory_budget": budget}
+    return {"kernel_fusion": {"enable": True, "autotune": "off", "memory_efficient_fusion": block}}
+
+
+def family(name: str) -> nn.Module:
+    cls, sizes, _ = FAMILIES[name]
+    model = getattr(transformers, cls)
+    return model(model.config_class(**sizes)).double().train()  # type: ignore[no-any-return]
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    ids = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(3))
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def record(model: nn.Module) -> Record:
+    found = next(row.runtime for row in oslo_fusion.report(model).plan.proposals if row.room == "aot")
+    assert isinstance(found, Record)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "COMPILER", "eager")
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_every_family_has_its_sites_and_the_same_gradients(name: str) -> None:
+    model = family(name)
+    twin = copy.deepcopy(model)
+    oslo_fusion.initialize(model, config(0))
+    mine, theirs = gradients(model), gradients(twin)
+    assert [graph.parts for graph in record(model).graphs] == [1] * FAMILIES[name][2]
+    assert record(model).recompiles == 0
+    row = next(row for row in oslo_fusion.report(model).rows if row.site.kind == "gated MLP")
+    assert (row.outcome, row.after) == ("fused", "backward in parts")
+    assert mine.keys() == theirs.keys()
+    for key, gradient in theirs.items():
+        torch.testing.assert_close(mine[key], gradient, rtol=1e-9, atol=1e-12, msg=key)
+
+
+def test_only_where_the_dial_is_low(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[float] = []
+    find = backend.cut_gated_mlps
+    for budget in (0, 0.25, 0.26, 1):
+        monkeypatch.setattr(backend, "cut_gated_mlps", lambda graph, b=budget: (looked.append(b), find(graph))[1])
+        model = oslo_fusion.initialize(family("Llama"), config(budget))
+        gradients(model)
+        cut = any(row.site.kind == "gated MLP" for row in oslo_fusion.report(model).rows)
+        assert cut == (budget <= 0.25)
+    assert looked == [0, 0.25]
+
+
+class MLP(nn.Module):
+    def __init__(
+        self, activation: Callable[[Tensor], Tensor] = F.silu, after: Callable[[Tensor], Tensor] = lambda h: h
+    ) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 24), nn.Linear(8, 24), nn.Linear(24, 8)
+        self.activation, self.after = activation, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.after(self.activation(self.gate(x)) * self.up(x)))
+
+
+def compiled(model: Callable[..., Any], *inputs: Tensor) -> tuple[Record, Any]:
+    """What a low budget makes of it, and the outcome of a step; gradients arrive where they belong."""
+    made = Backend(0.1, compiler="eager")
+    result = torch.compile(model, backend=made, fullgraph=True)(*inputs)
+    return made.record, result
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def written_out(x: Tensor) -> Tensor:
+    return x * x.sigmoid()
+
+
+@pytest.mark.parametrize(
+    ("model", "parts", "reason"),
+    [
+        (lambda: MLP(written_out), 1, ""),
+        (lambda: MLP(lambda x: F.gelu(x, approximate="tanh")), 1, ""),
+        (lambda: MLP(after=lambda h: F.dropout(h, 0.0)), 1, ""),
+        (lambda: MLP(quick_gelu), 0, ""),
+        (lambda: MLP(F.relu), 0, ""),
+        (lambda: MLP(after=lambda h: F.dropout(h, 0.1)), 0, "dropout between the product and the projection down"),
+        (lambda: MLP(after=lambda h: h + 1), 0, "something else than a linear layer reads the product"),
+        (lambda: MLP(lambda x: F.silu(F.dropout(x, 0.5))), 0, "its gate is not the output of a linear layer alone"),
+    ],
+)
+def test_what_is_a_site_and_why_not(model: Callable[[], MLP], parts: int, reason: str) -> None:
+    module = model()
+    found, result = compiled(module, torch.randn(3, 8))
+    result.sum().backward()
+    assert found.graphs[0].parts == parts
+    assert all(p.grad is not None for p in module.parameters())
+    said = found.graphs[0].whole
+    assert reason in said[0] if reason else not said
+    assert len(found.rows()) == bool(parts or reason)
+
+
+class LowRank(nn.Module):
+    """A linear layer with an adapter, as PEFT makes it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.a, self.b = base, nn.Linear(8, 2, bias=False), nn.Linear(2, 24, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.b(self.a(x)) * 0.5
+
+
+def test_adapters_hooks_shared_and_frozen_weights() -> None:
+    x = torch.randn(3, 8)
+    for role in ("gate", "up"):
+        model = MLP()
+        setattr(model, role, LowRank(getattr(model, role)))
+        found, result = compiled(model, x)
+        result.sum().backward()
+        assert (found.graphs[0].parts, len(found.graphs[0].whole)) == (0, 1)
+        assert f"its {role} is not" in found.graphs[0].whole[0]
+        assert getattr(model, role).a.weight.grad is not None
+
+    model = MLP()
+    model.up.weight = model.gate.weight
+    model.down.requires_grad_(False)
+    twin = copy.deepcopy(model)
+    found, result = compiled(model, x)
+    result.square().sum().backward()
+    twin(x).square().sum().backward()
+    assert found.graphs[0].parts == 1
+    assert model.down.weight.grad is None
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad)
+
+    looked: list[Tensor] = []
+    layers = nn.Module()
+    layers.layers = nn.ModuleList([MLP(), MLP()])
+    oslo_fusion.initialize(layers, config(0))
+    layers.layers[0].gate.register_forward_hook(lambda *_: looked.append(x))
+    layers.layers[0](x).sum().backward()
+    assert looked, "a hook on a part: the layer runs as it was"
+    assert not any(graph.parts for graph in record(layers).graphs)
+
+    with torch.no_grad():
+        found, _ = compiled(MLP(), x)
+    assert found.graphs[0].parts == 0, "without gradients there is no backward to cut"
+
+
+def test_autocast() -> None:
+    model, x = MLP(), torch.randn(3, 8)
+    twin = copy.deepcopy(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, result = compiled(model, x)
+        expected = twin(x)
+    assert found.graphs[0].parts == 1
+    assert result.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(result, expected)
+    result.sum().backward()
+    expected.sum().backward()
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert mine.grad.dtype == torch.float32
+        assert float((mine.grad - theirs.grad).norm()) <= 0.02 * float(theirs.grad.norm())
+
+
+def peak(function: Callable[[], Any]) -> int:
+    """The most bytes of the CPU's allocator that were in use above what was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def test_the_peak_of_a_layers_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer of the proportions of Llama 1B, counted in tensors as large as its input."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
+    settings = transformers.LlamaConfig(**sizes, attn_implementation="sdpa")
+    layer = LlamaDecoderLayer(settings, 0)
+    x = torch.randn(4, 512, 128, requires_grad=True)
+    position = LlamaRotaryEmbedding(settings)(x, torch.arange(512)[None])
+    monkeypatch.setattr(op, "_BLOCK", 1 << 12)
+    monkeypatch.setattr(op, "_NARROWEST", 64)
+    monkeypatch.setattr(op, "_ALIGNED", 64)
+    found = {}
+    for cut in (False, True):
+        monkeypatch.setattr(backend, "CUT_AT", 0.25 if cut else -1.0)
+        run = torch.compile(layer, backend=Backend(0, compiler="eager"))
+        run(x, position_embeddings=position).sum().backward()
+        layer.zero_grad()
+        result = run(x, position_embeddings=position)
+        gradient = torch.ones_like(result)
+        found[cut] = peak(lambda result=result, gradient=gradient: result.backward(gradient)) / (x.numel() * x.element_size())
+        layer.zero_grad()
+    assert found[True] <= found[False] - 12, found
