@@ -25,10 +25,10 @@ CUT_AT = 0.25
 """The largest budget at which it is done. Gate and up are two thirds of what a layer of Llama's widths keeps (512 of 800 MiB at
 16384 tokens): up to a quarter neither fits, so a backward that computes them again costs nothing. Above, they may be kept."""
 
-_LINEAR = (F.linear, torch._C._nn.linear)  # type: ignore[attr-defined]
+_LINEAR = (F.linear, torch._C._nn.linear)
 _PRODUCT = (operator.mul, torch.mul)
 _HALVES = (torch.chunk, torch.split)
-_NAMED = (F.silu, F.gelu, torch._C._nn.gelu)  # type: ignore[attr-defined]
+_NAMED = (F.silu, F.gelu, torch._C._nn.gelu)
 _LONGEST = 16  # operators of an activation: transformers' spelling of the tanh form has eight
 
 
@@ -67,12 +67,11 @@ def cut_gated_mlps(graph: fx.GraphModule) -> Parts:
 def _cut(graph: fx.Graph, product: fx.Node) -> bool:
     if not _is_product(product):
         return False
-    found = next((pair for pair in (product.args, product.args[::-1]) if (a := _activation(pair[0])) is not None), None)
-    if found is None:
+    activation, up = _activation(product.args[0]), product.args[1]
+    if activation is None:
+        activation, up = _activation(product.args[1]), product.args[0]
+    if activation is None:
         return False
-    activated, up = found
-    activation = _activation(activated)
-    assert activation is not None
     gate, formula, inside = activation
     (x, gate_weight, gate_bias), between = _projection(gate, "gate")
     (also_x, up_weight, up_bias), more = _projection(up, "up")
@@ -168,7 +167,7 @@ def _formula(node: fx.Node, gate: fx.Node, inside: set[fx.Node]) -> str | None:
         with torch.no_grad(), probe.preserved_random_state(), torch.autocast("cpu", enabled=False):
             for current in gate.graph.nodes:
                 if current in inside:
-                    args, kwargs = fx.map_arg((current.args, current.kwargs), values.__getitem__)  # type: ignore[no-untyped-call]
+                    args, kwargs = fx.map_arg((current.args, current.kwargs), values.__getitem__)
                     values[current] = (
                         getattr(args[0], current.target)(*args[1:], **kwargs)
                         if current.op == "call_method"
@@ -195,7 +194,7 @@ def _projection(node: Any, role: str) -> tuple[tuple[fx.Node, Any, Any], list[fx
         linear = halves.args[0] if cut else None
         pieces = _value(halves)
         in_two = isinstance(pieces, (tuple, list)) and len(pieces) == 2 and pieces[0].shape == pieces[1].shape
-        if in_two and _is(linear, _LINEAR) and 2 * pieces[0].shape[-1] == _value(linear).shape[-1]:
+        if in_two and linear is not None and _is(linear, _LINEAR) and 2 * pieces[0].shape[-1] == _value(linear).shape[-1]:
             x, weight, bias = linear.args[0], _argument(linear, 1, "weight"), _argument(linear, 2, "bias")
             index = node.args[1]
             return (x, _Half(weight, index), None if bias is None else _Half(bias, index)), [node, halves, linear]
@@ -235,7 +234,7 @@ def _check_values(x: Any, *tensors: Any) -> None:
             "its tensors are of a class of their own (DTensor, quantized): their gradients are that class' matter"
         )
     kind = values[0].device.type
-    autocast = torch.is_autocast_enabled(kind)
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     alike = all(v.dtype == values[0].dtype for v in values) or autocast
     if not alike or any(v.dtype not in DTYPES for v in values) or (autocast and torch.float64 in {v.dtype for v in values}):
         raise _LeaveError(f"its dtypes are {', '.join(dict.fromkeys(str(v.dtype) for v in values))}")

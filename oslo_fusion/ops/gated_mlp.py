@@ -9,9 +9,9 @@ Nothing but ``x`` is kept for the backward, which computes gate and up again, as
 the inner width at a time. In a part gate, up and the gradient of their product are what is in memory, and one kernel turns them
 where they lie into the gradients of gate and up and the product. Uncut those are six tensors ``[*batch, inner]``.
 
-Why along the inner width and not along the tokens: a part's weight gradients are slices of the whole ones, so no sum is cut and
-nothing is read and written again. Only the gradient of ``x`` is a sum over parts. In each part it is one matmul over gate and up
-side by side, so that it is rounded once per part, where plain PyTorch rounds gate's, up's, and their sum.
+Why along the inner width and not along the tokens: a part's weight gradients are slices of the whole ones, so no sum is cut
+and nothing is read and written again. Only the gradient of ``x`` is a sum over parts. In each part it is one matmul over gate
+and up side by side, so that it is rounded once per part, where plain PyTorch rounds gate's, up's, and their sum.
 
 Dtype law: as plain PyTorch, which rounds each matmul's result to the dtype of ``x``; the product and the gradients of gate and
 up are computed in float32 (float64 for float64) and rounded once. All tensors share a dtype; under autocast they are rounded to
@@ -262,8 +262,9 @@ class _GatedMLP(torch.autograd.Function):
         dy, saved, wanted = gradients[0], ctx.saved_tensors, list(ctx.needs_input_grad[:7])
         if torch.is_grad_enabled():  # create_graph: only plain PyTorch can be differentiated once more
             again = [None if t is None else t.view_as(t) for t in saved]
-            leaves = [t for t, w in zip(again, wanted, strict=True) if w]
-            made = iter(torch.autograd.grad(gated_mlp_reference(*again, ctx.activation), leaves, dy, create_graph=True))
+            leaves = [t for t, w in zip(again, wanted, strict=True) if w and t is not None]
+            y = gated_mlp_reference(*again, activation=ctx.activation)  # type: ignore[arg-type,misc]
+            made = iter(torch.autograd.grad(y, leaves, dy, create_graph=True))
             return *(next(made) if w else None for w in wanted), None
         found = GATED_MLP_BACKWARD(dy, *saved[:6], ctx.activation, wanted[:6])
         results = [gradient if w else None for gradient, w in zip(found, wanted[:6], strict=True)]
@@ -302,9 +303,9 @@ def gated_mlp(
     """
     tensors: list[Optional] = [x, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias]
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         tensors = [t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors]
-    _check(*tensors, activation)  # type: ignore[arg-type]
+    _check(*tensors, activation=activation)  # type: ignore[arg-type,misc]
     y: Tensor = _GatedMLP.apply(*tensors, activation)
     return y

@@ -268,7 +268,8 @@ def launch_merged_glu_backward(dh: Tensor, gate: Tensor, up: Tensor, activation:
 def launch_glu_backward_in_place(
     dh: Tensor, gate: Tensor, up: Tensor, activation: str, blocks: GluBlocks | None = None
 ) -> None:
-    """As :func:`oslo_fusion.ops.gated_mlp.glu_backward_in_place`: ``gate`` and ``up`` become their gradients, ``dh`` the product.
+    """As :func:`oslo_fusion.ops.gated_mlp.glu_backward_in_place`: ``gate`` and ``up`` become their gradients, ``dh`` what they
+    were the factors of.
 
     Args:
         dh, gate, up: ``[rows, columns]`` of one dtype, not float64, of which each row lies in one piece.
