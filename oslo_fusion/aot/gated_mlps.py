@@ -103,9 +103,9 @@ def _write_residual(node: fx.Node) -> None:
     """Let the residual addition before an MLP be a tensor of its own: the matmul before it adds.
 
     Left to Inductor it is computed again by each of its readers, among them the sum that is the norm's weight gradient. That
-    kernel then reads the layer's input, as the one of the layer's first norm does, so the two are fused and run last. Until then
-    the gradient of the MLP's input stays in memory, and the attention's output: through the backward of the attention, which
-    has no memory to spare either (of Llama 1.24B 8×2048, 128 of 744 MiB).
+    kernel then reads the layer's input, as the one of the layer's first norm does, so the two are fused and run last. Until
+    then the gradient of the MLP's input and the projected attention stay in memory, through the attention's backward, which
+    has none to spare either: 128 of its 744 MiB in Llama 1.24B 8×2048.
     """
     if not (_is(node, (operator.add, torch.add)) and len(node.args) == 2 and not node.kwargs and len(node.users) > 1):
         return
