@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor, distributed, fx, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import oslo_fusion
-from oslo_fusion.aot import Backend, backend, room
+from oslo_fusion.aot import Backend, backend, gated_mlps, room
 from oslo_fusion.aot.record import Record
 from oslo_fusion.ops import gated_mlp as op
 
@@ -209,6 +209,54 @@ def test_autocast() -> None:
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         assert mine.grad.dtype == torch.float32
         assert float((mine.grad - theirs.grad).norm()) <= 0.02 * float(theirs.grad.norm())
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="torch was built without torch.distributed")
+def test_tensors_spread_over_devices_are_left_alone() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = MLP()
+        for role, linear in model.named_children():
+            place = Shard(1 if role == "down" else 0)
+            linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [place]))
+            linear.bias = nn.Parameter(distribute_tensor(linear.bias.detach(), mesh, [Replicate()]))
+        x = distribute_tensor(torch.randn(3, 8), mesh, [Replicate()])
+        found, result = compiled(model, x)
+        result.to_local().sum().backward()
+        assert found.graphs[0].parts == 0
+        assert "DTensor" in found.graphs[0].whole[0]
+        assert isinstance(model.gate.weight.grad, DTensor)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_the_residual_before_it_is_written_by_the_matmul_that_adds_it() -> None:
+    class Layer(nn.Module):
+        def __init__(self, bias: bool) -> None:
+            super().__init__()
+            self.mixed, self.norm, self.mlp = nn.Linear(8, 8, bias=bias), nn.RMSNorm(8), MLP()
+
+        def forward(self, x: Tensor) -> Tensor:
+            residual = x + self.mixed(x.sin())
+            return residual + self.mlp(self.norm(residual))
+
+    for bias in (False, True):
+        graphs: list[fx.GraphModule] = []
+        layer, x = Layer(bias), torch.randn(2, 3, 8)
+
+        def look(graph: fx.GraphModule, inputs: list[Any], graphs: list[fx.GraphModule] = graphs) -> Any:
+            assert gated_mlps.cut_gated_mlps(graph).cut == 1
+            graphs.append(graph)
+            return graph.forward
+
+        torch.testing.assert_close(torch.compile(layer, backend=look)(x), layer(x))
+        names = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
+        assert names.count(gated_mlps.added) == (0 if bias else 1)
+        assert names.count(op.gated_mlp) == 1
 
 
 def peak(function: Callable[[], Any]) -> int:
