@@ -73,7 +73,8 @@ class Backend:
     Args:
         activation_memory_budget: 1 keeps what min-cut finds fastest, 0 recomputes everything in the backward but what is
             random, as checkpointing the whole graph would; between them the dearest to recompute is kept, up to this share of
-            memory. Up to a quarter, gated MLPs have their backward in parts.
+            memory. Up to a quarter, gated MLPs have their backward in parts, unless there are replacements, of which one may
+            be part of them.
         passes: called in order with each graph of ATen and ``oslo_fusion::`` operators, forward and backward apart, just
             before Inductor generates its code. They change the graph in place.
         replacements: one's own kernels in place of patterns.
@@ -102,6 +103,7 @@ class Backend:
         self._patches: dict[str, Any] = {}
         if passes:
             self._patches["post_grad_custom_pre_pass"] = _graph_pass(*passes)
+        self._replaces = bool(replacements)
         if replacements:
             self._patches["joint_custom_pre_pass"] = _graph_pass(_matcher(replacements))
         if self.activation_memory_budget < 1:
@@ -121,7 +123,7 @@ class Backend:
             # dropout on one core: 46 → 36 ms, uncompiled 41), and drops what the uncompiled model would.
             patches["fallback_random"] = True
         start = time.perf_counter()
-        parts = cut_gated_mlps(graph) if self.activation_memory_budget <= CUT_AT else Parts()
+        parts = cut_gated_mlps(graph) if self.activation_memory_budget <= CUT_AT and not self._replaces else Parts()
         # At exactly 0 the partitioner forgets what must be kept; the smallest budget above it gives the same otherwise.
         budget = max(self.activation_memory_budget, 1e-9)
         partition = {name: value for name, value in _PARTITION.items() if hasattr(functorch_config, name)}

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import oslo_fusion
-from oslo_fusion.aot import Backend, backend, gated_mlps, room
+from oslo_fusion.aot import Backend, Replacement, backend, gated_mlps, room
 from oslo_fusion.aot.record import Record
 from oslo_fusion.ops import gated_mlp as op
 
@@ -83,18 +83,6 @@ def test_every_family_has_its_sites_and_the_same_gradients(name: str) -> None:
         torch.testing.assert_close(mine[key], gradient, rtol=1e-9, atol=1e-12, msg=key)
 
 
-def test_only_where_the_dial_is_low(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: list[float] = []
-    find = backend.cut_gated_mlps
-    for budget in (0, 0.25, 0.26, 1):
-        monkeypatch.setattr(backend, "cut_gated_mlps", lambda graph, b=budget: (looked.append(b), find(graph))[1])
-        model = oslo_fusion.initialize(family("Llama"), config(budget))
-        gradients(model)
-        cut = any(row.site.kind == "gated MLP" for row in oslo_fusion.report(model).rows)
-        assert cut == (budget <= 0.25)
-    assert looked == [0, 0.25]
-
-
 class MLP(nn.Module):
     def __init__(
         self, activation: Callable[[Tensor], Tensor] = F.silu, after: Callable[[Tensor], Tensor] = lambda h: h
@@ -105,6 +93,25 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.after(self.activation(self.gate(x)) * self.up(x)))
+
+
+def stack() -> Any:
+    """A model of two layers, each an MLP."""
+    model = nn.Module()
+    model.layers = nn.ModuleList([MLP(), MLP()])
+    return model
+
+
+def test_only_where_the_dial_is_low(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[float] = []
+    find = backend.cut_gated_mlps
+    for budget in (0, 0.25, 0.26, 1):
+        monkeypatch.setattr(backend, "cut_gated_mlps", lambda graph, b=budget: (looked.append(b), find(graph))[1])
+        model = oslo_fusion.initialize(stack(), config(budget))
+        model.layers[1](torch.randn(3, 8)).sum().backward()
+        cut = any(row.site.kind == "gated MLP" for row in oslo_fusion.report(model).rows)
+        assert cut == (budget <= 0.25)
+    assert looked == [0, 0.25]
 
 
 def compiled(model: Callable[..., Any], *inputs: Tensor) -> tuple[Record, Any]:
@@ -182,13 +189,16 @@ def test_adapters_hooks_shared_and_frozen_weights() -> None:
             torch.testing.assert_close(mine.grad, theirs.grad)
 
     looked: list[Tensor] = []
-    layers = nn.Module()
-    layers.layers = nn.ModuleList([MLP(), MLP()])
-    oslo_fusion.initialize(layers, config(0))
+    layers = oslo_fusion.initialize(stack(), config(0))
     layers.layers[0].gate.register_forward_hook(lambda *_: looked.append(x))
     layers.layers[0](x).sum().backward()
     assert looked, "a hook on a part: the layer runs as it was"
     assert not any(graph.parts for graph in record(layers).graphs)
+
+    pattern = Replacement(lambda x: x.sinh(), lambda x: x.sinh(), (torch.randn(2, 3),), gradient=False)
+    made = Backend(0, replacements=[pattern], compiler="eager")
+    torch.compile(MLP(), backend=made)(x).sum().backward()
+    assert made.record.graphs[0].parts == 0, "kernels of the user's own come first"
 
     with torch.no_grad():
         found, _ = compiled(MLP(), x)
