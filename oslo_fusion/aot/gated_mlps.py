@@ -177,7 +177,7 @@ def _activation(node: Any) -> tuple[fx.Node, str, list[fx.Node]] | None:
         if formula is not None:
             return gate, formula, inside
     if _is(node, _NAMED) and isinstance(node.args[0], fx.Node):
-        raise _LeaveError("its gate is not the output of a linear layer alone (an adapter, say)")
+        raise _LeaveError("its gate is not the output of a linear layer alone (an adapter, or shared out between devices)")
     return None
 
 
@@ -229,7 +229,7 @@ def _projection(node: Any, role: str) -> tuple[tuple[fx.Node, Any, Any], list[fx
             x, weight, bias = linear.args[0], _argument(linear, 1, "weight"), _argument(linear, 2, "bias")
             index = node.args[1]
             return (x, _Half(weight, index), None if bias is None else _Half(bias, index)), [node, halves, linear]
-    raise _LeaveError(f"its {role} is not the output of a linear layer alone (an adapter, say)")
+    raise _LeaveError(f"its {role} is not the output of a linear layer alone (an adapter, or shared out between devices)")
 
 
 def _down(product: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
