@@ -10,11 +10,11 @@ Dropout: by the counter of :mod:`oslo_fusion.ops.dropout`, over column and row. 
 kept for it is ``s``, once, with mean and ``1 / sqrt(…)`` of each row: neither a mask nor ``x``.
 
 Dtype law: ``s`` is computed in float32 (float64 for float64 inputs) and rounded once, to the promoted dtype of ``x`` and
-``residual``, where eager code rounds after each of its steps. The norm is that of :mod:`oslo_fusion.ops.layer_norm`, ``out_dtype``
-included. Gradients are computed in float32 and rounded once, to the dtype of what they belong to.
+``residual``, where eager code rounds after each of its steps. The norm is that of :mod:`oslo_fusion.ops.layer_norm`, its
+``out_dtype`` included. Gradients are computed in float32 and rounded once, to the dtype of what they belong to.
 
-Source: Srivastava et al., Dropout, JMLR 15 (2014); Ba, Kiros and Hinton, Layer Normalization, arXiv:1607.06450; the order of the
-steps is that of Vaswani et al., arXiv:1706.03762, and of BERT.
+Source: Srivastava et al., Dropout, JMLR 15 (2014); Ba, Kiros and Hinton, Layer Normalization, arXiv:1607.06450; the order of
+the steps is that of Vaswani et al., arXiv:1706.03762, and of BERT.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from oslo_fusion.ops.kernels import find_kernels, is_plain, wants_gradient
 from oslo_fusion.ops.layer_norm import DTYPES, layer_norm_backward_reference, layer_norm_reference
 
 NAME = "dropout_add_layer_norm"
+MAX_DIM = 8192
+"""Of rows that kernels keep in registers; wider ones are the reference's."""
 
 
 def _error(name: str, received: object, allowed: str, remedy: str = "") -> ConfigError:
@@ -53,7 +55,9 @@ def _check(
     if x.dim() == 0 or x.shape[-1] == 0:
         raise _error("x", f"shape {list(x.shape)}", "needs a last dimension of at least one number to norm")
     if residual.shape != x.shape:
-        raise _error("residual", f"shape {list(residual.shape)}", f"must be that of x, {list(x.shape)}", "residual.expand_as(x)")
+        raise _error(
+            "residual", f"shape {list(residual.shape)}", f"must be that of x, {list(x.shape)}", "residual.expand_as(x)"
+        )
     vectors = (("linear_bias", linear_bias), ("weight", weight), ("bias", bias))
     for name, vector in vectors:
         if vector is not None and vector.shape != x.shape[-1:]:
@@ -147,9 +151,9 @@ def dropout_add_layer_norm_backward_reference(
         linear_bias_gradient, weight_gradient, bias_gradient: whether the last three results are wanted.
 
     Returns:
-        The gradient of ``residual``, of ``x``, of ``linear_bias``, ``weight`` and ``bias``, each in the dtype of what it belongs
-        to. The last three have no elements unless they are wanted, that of ``x`` has none without dropout: it is that of
-        ``residual`` then.
+        The gradient of ``residual``, of ``x``, of ``linear_bias``, ``weight`` and ``bias``, each in the dtype of what it
+        belongs to. The last three have no elements unless they are wanted, that of ``x`` has none without dropout: it is that
+        of ``residual`` then.
     """
     wide = s.to(_wide(s.dtype))
     wanted = (weight_gradient, bias_gradient)
@@ -167,12 +171,13 @@ def dropout_add_layer_norm_backward_reference(
 
 _BACKWARD = f"{NAME}_backward"
 _LIBRARY = torch.library.Library("oslo_fusion", "FRAGMENT")
+_VECTORS = "Tensor? linear_bias, Tensor? weight, Tensor? bias"
 _SCHEMAS = {
-    NAME: "(Tensor x, Tensor residual, Tensor? linear_bias, Tensor? weight, Tensor? bias, Tensor? rng, float dropout, float eps, "
-    "ScalarType? out_dtype) -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
-    _BACKWARD: "(Tensor dy, Tensor? ds, Tensor s, Tensor? linear_bias, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
-    "Tensor? rng, float dropout, ScalarType x_dtype, ScalarType residual_dtype, bool linear_bias_gradient, bool weight_gradient, "
-    "bool bias_gradient) -> (Tensor dresidual, Tensor dx, Tensor dlinear_bias, Tensor dweight, Tensor dbias)",
+    NAME: f"(Tensor x, Tensor residual, {_VECTORS}, Tensor? rng, float dropout, float eps, ScalarType? out_dtype)"
+    " -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
+    _BACKWARD: f"(Tensor dy, Tensor? ds, Tensor s, {_VECTORS}, Tensor mean, Tensor rstd, Tensor? rng, float dropout, "
+    "ScalarType x_dtype, ScalarType residual_dtype, bool linear_bias_gradient, bool weight_gradient, bool bias_gradient)"
+    " -> (Tensor dresidual, Tensor dx, Tensor dlinear_bias, Tensor dweight, Tensor dbias)",
 }
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(f"{_name}{_schema}", tags=torch.Tag.pt2_compliant_tag)
@@ -331,7 +336,7 @@ def dropout_add_layer_norm(
     rng: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``layer_norm(residual + dropout(x + linear_bias))``: the end of a post-norm sublayer, in one kernel forward, two backward.
+    """``layer_norm(residual + dropout(x + linear_bias))``: the end of a post-norm sublayer; one kernel forward, two backward.
 
     Args:
         x: ``[*batch, dim]``, half, bfloat16, float or double; any strides, zero rows allowed. What the last linear of the
@@ -355,7 +360,7 @@ def dropout_add_layer_norm(
         rng = draw_rng(x.device)
     arguments = (x, residual, linear_bias, weight, bias, rng if dropout else None, float(dropout), float(eps), out_dtype)
     kernels = None
-    if x.is_cuda and not torch.compiler.is_compiling() and is_plain(*arguments[:6]):  # type: ignore[arg-type]
+    if x.is_cuda and not torch.compiler.is_compiling() and is_plain(*arguments[:6]):
         kernels = find_kernels(NAME)
     result: Tensor
     if kernels is None:
@@ -363,5 +368,5 @@ def dropout_add_layer_norm(
     elif wants_gradient(x, residual, linear_bias, weight, bias):
         result = _DropoutAddNorm.apply(*arguments)[0]
     else:
-        result = kernels.launch_dropout_add_layer_norm(*arguments)[0]
+        result = kernels.launch_dropout_add_layer_norm(*arguments, keep=False)[0]
     return result

@@ -1,7 +1,7 @@
-"""Bias, dropout, residual addition and layer norm in Triton: one kernel forward; backward one over the rows and one that adds up.
+"""Bias, dropout, residual addition and layer norm in Triton: a kernel forward; backward one over the rows, one that adds up.
 
-Forward: a program per tile of whole rows, as in ``layer_norm.py``. x and residual are read once, s and y are written. The
-dropout's mask is drawn in registers and kept nowhere.
+Forward: a program per tile of whole rows, as in ``layer_norm.py``. x and residual are read once; y is written, and s where a
+backward follows. The dropout's mask is drawn in registers and kept nowhere.
 
 Backward: few programs, each of which walks over its tiles. It reads dy and s, draws the mask again, and writes the gradients of
 residual and x; without dropout these are one tensor. With x̂ = (s - mean) · rstd, g = dy · weight:
@@ -9,8 +9,8 @@ residual and x; without dropout these are one tensor. With x̂ = (s - mean) · r
     dresidual = rstd · (g - mean(g) - x̂ · mean(g · x̂)),   dx = dropout(dresidual)
     dlinear_bias = Σ over rows of dx,   dweight = Σ over rows of dy · x̂,   dbias = Σ over rows of dy
 
-The three sums are kept in registers for as long as the program lives, then written as rows of partial sums; a second kernel adds
-these up in a fixed order. No atomics: the same input gives the same bits.
+The three sums are kept in registers for as long as the program lives, then written as rows of partial sums; a second kernel
+adds these up in a fixed order. No atomics: the same input gives the same bits.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from oslo_fusion.ops.dropout import kept_scale, kept_threshold
 from oslo_fusion.ops.dropout_add_layer_norm import (
+    MAX_DIM,
     _check,
     dropout_add_layer_norm_backward_reference,
     dropout_add_layer_norm_reference,
@@ -36,7 +37,6 @@ from oslo_fusion.ops.dropout_add_layer_norm import (
 from oslo_fusion.triton.dropout import kept_in_rows, random_key
 from oslo_fusion.triton.launch import Kernel
 from oslo_fusion.triton.rows import (
-    REGISTER_COLUMNS,
     RowBlocks,
     as_rows,
     column_sums,
@@ -113,6 +113,7 @@ def _dropout_add_layer_norm_fwd_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
+    KEEP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -131,7 +132,8 @@ def _dropout_add_layer_norm_fwd_kernel(
         h = tl.where(kept_in_rows(rows, key, threshold, ROWS, BLOCK), h * scale, 0.0)
     # The norm is that of s as it is kept: the backward has no other.
     s = (residual.to(tl.float32) + h).to(s_ptr.dtype.element_ty)
-    tl.store(s_ptr + (rows * DIM)[:, None] + cols, s, mask=mask)
+    if KEEP:
+        tl.store(s_ptr + (rows * DIM)[:, None] + cols, s, mask=mask)
     s = s.to(tl.float32)
     mean = tl.sum(s, axis=1) / DIM
     centred = tl.where(mask, s - mean[:, None], 0.0)
@@ -241,17 +243,21 @@ def launch_dropout_add_layer_norm(
     eps: float,
     out_dtype: torch.dtype | None,
     blocks: RowBlocks | None = None,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As the reference in ``ops/dropout_add_layer_norm.py``; ``blocks`` overrides the heuristic, for tuning."""
+    """As the reference in ``ops/dropout_add_layer_norm.py``; ``blocks`` overrides the heuristic, for tuning.
+
+    Without ``keep`` the sum has no elements: where there is no backward it is a quarter of what would be moved.
+    """
     _check(x, residual, linear_bias, weight, bias, rng, dropout, eps, out_dtype)
     dim, shape = x.shape[-1], x.shape
-    refer = dim > REGISTER_COLUMNS or must_refer(x, residual, linear_bias, weight, bias)
+    refer = dim > MAX_DIM or must_refer(x, residual, linear_bias, weight, bias)
     if refer or out_dtype == torch.float64:
         return dropout_add_layer_norm_reference(x, residual, linear_bias, weight, bias, rng, dropout, eps, out_dtype)
     s_dtype, y_dtype = result_dtypes(x, residual, out_dtype)
     num_rows = x.numel() // dim
     y = torch.empty(shape, dtype=y_dtype, device=x.device)
-    s = torch.empty(shape, dtype=s_dtype, device=x.device)
+    s = torch.empty(shape if keep else (0,), dtype=s_dtype, device=x.device)
     mean = torch.empty(shape[:-1], dtype=torch.float32, device=x.device)
     rstd = torch.empty(shape[:-1], dtype=torch.float32, device=x.device)
     if num_rows == 0:
@@ -285,6 +291,7 @@ def launch_dropout_add_layer_norm(
                 weight is not None,
                 bias is not None,
                 dropout > 0.0,
+                keep,
                 blocks.rows,
                 blocks.columns,
             ),
@@ -317,9 +324,10 @@ def launch_dropout_add_layer_norm_backward(
     """
     wanted = (linear_bias_gradient, weight_gradient, bias_gradient)
     dim, vectors = s.shape[-1], (linear_bias, weight, bias)
-    if ds is not None or dim > REGISTER_COLUMNS or must_refer(dy, s, *vectors):
-        options = (mean, rstd, rng, dropout, x_dtype, residual_dtype)
-        return dropout_add_layer_norm_backward_reference(dy, ds, s, *vectors, *options, *wanted)
+    if ds is not None or dim > MAX_DIM or must_refer(dy, s, *vectors):
+        return dropout_add_layer_norm_backward_reference(
+            dy, ds, s, linear_bias, weight, bias, mean, rstd, rng, dropout, x_dtype, residual_dtype, *wanted
+        )
     num_rows = s.numel() // dim
     dresidual = torch.empty(s.shape, dtype=residual_dtype, device=s.device)
     dx = torch.empty(s.shape, dtype=x_dtype, device=s.device) if dropout else s.new_empty(0, dtype=x_dtype)

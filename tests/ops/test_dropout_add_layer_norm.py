@@ -67,7 +67,9 @@ def test_the_law_holds(case: str, dtype: torch.dtype, dropout: float, device: st
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_without_parameters(device: str) -> None:
-    draws = [[drawer(torch.bfloat16, device, seed)(4, 96), drawer(torch.bfloat16, device, 9 + seed)(4, 96)] for seed in range(3)]
+    draws = [
+        [drawer(torch.bfloat16, device, seed)(4, 96), drawer(torch.bfloat16, device, 9 + seed)(4, 96)] for seed in range(3)
+    ]
     for comparison in prove(
         lambda x, r: dropout_add_layer_norm(x, r, eps=EPS), lambda x, r: F.layer_norm(x + r, (96,), eps=EPS), *draws
     ):

@@ -170,6 +170,14 @@ def test_other_tiles_give_the_same_mask_and_sums(cut: tuple[int, int, int, int],
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_the_sum_is_written_where_it_is_kept(device: torch.device) -> None:
+    draw = drawer(torch.bfloat16, device)
+    inputs = (draw(5, 96), draw(5, 96), draw(96), draw(96), draw(96), torch.tensor([1, 2], device=device), 0.3, EPS, None)
+    kept, dropped = (kernels.launch_dropout_add_layer_norm(*inputs, keep=keep) for keep in (True, False))
+    assert torch.equal(kept[0], dropped[0])
+    assert (kept[1].numel(), dropped[1].numel()) == (480, 0)
+
+
 def test_launchers_check_first(device: torch.device) -> None:
     x = torch.zeros(4, 8, device=device)
     with pytest.raises(ConfigError, match="weight: received shape"):
@@ -207,7 +215,7 @@ def test_blocks_cover_a_row_and_fit(dim: int, itemsize: int) -> None:
         assert dim <= blocks.columns < max(17, 2 * dim)
         assert blocks.columns % 4 == 0, "a tile is drawn in quarters"
     for processors, shared in TARGETS.values():
-        blocks = add_norm_backward_blocks(dim, itemsize, 32768, processors, shared)
+        blocks = add_norm_backward_blocks(dim, itemsize, 1 << 20, processors, shared)
         assert dim <= blocks.columns < max(17, 2 * dim)
         assert blocks.rows * blocks.columns <= 32 * blocks.warps * 16, "three sums of more numbers a thread would spill"
         resident = blocks.programs // processors
@@ -242,11 +250,14 @@ def test_kernels_compile_for_every_target(
     itemsize = 2 if dtype == "bf16" else 4
     shape = {"DIM": dim, "UNIT": 16 if dim % 16 == 0 else 8, "HAS_WEIGHT": True, "DROPOUT": dropout}
     absent = {} if dropout else {"rng_ptr": None}
+    # A row of 8192 numbers has as many registers as 16 warps can have; up to 32 bytes of 512 spill on sm_80, 8 elsewhere.
+    allowed = 32 if dim == 8192 else 0
     kernel = kernels._dropout_add_layer_norm_fwd_kernel
     for few in (False, True):
         blocks = add_norm_forward_blocks(dim, itemsize, few)
-        tile = {"ROWS": blocks.rows, "BLOCK": blocks.columns, "HAS_LINEAR_BIAS": True, "HAS_BIAS": True}
-        built = compile_for_all_targets(kernel, signature(kernel, dtype), {**shape, **tile, **absent}, num_warps=blocks.warps)
+        tile = {"ROWS": blocks.rows, "BLOCK": blocks.columns, "HAS_LINEAR_BIAS": True, "HAS_BIAS": True, "KEEP": True}
+        values = {**shape, **tile, **absent}
+        built = compile_for_all_targets(kernel, signature(kernel, dtype), values, num_warps=blocks.warps, spill_allowed=allowed)
         if not few:
             assert re.search(r"ld\.global\S*\.v4", built["sm_90"].assembly), "the row is not read 16 bytes at a time"
     kernel = kernels._dropout_add_layer_norm_bwd_kernel
@@ -255,6 +266,26 @@ def test_kernels_compile_for_every_target(
         blocks = add_norm_backward_blocks(dim, itemsize, 32768, *facts)
         tile = {"ROWS": blocks.rows, "BLOCK": blocks.columns, "STAGES": blocks.stages}
         sums = {"LINEAR_BIAS_GRADIENT": True, "WEIGHT_GRADIENT": True, "BIAS_GRADIENT": True}
+        values = {**shape, **tile, **sums, **absent}
         compile_for_all_targets(
-            kernel, signature(kernel, dtype), {**shape, **tile, **sums, **absent}, num_warps=blocks.warps, targets=(target,)
+            kernel,
+            signature(kernel, dtype),
+            values,
+            num_warps=blocks.warps,
+            targets=(target,),
+            spill_allowed=allowed,
         )
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_mask_is_drawn_where_it_is_needed(dtype: str, compile_for_all_targets: Callable[..., Any]) -> None:
+    kernel = kernels._dropout_add_layer_norm_fwd_kernel
+    blocks = add_norm_forward_blocks(768, 2 if dtype == "bf16" else 4, False)
+    values = {"DIM": 768, "UNIT": 16, "ROWS": blocks.rows, "BLOCK": blocks.columns}
+    values |= {"HAS_WEIGHT": True, "HAS_BIAS": True, "HAS_LINEAR_BIAS": True, "KEEP": True}
+    barriers = []
+    for changed in ({"DROPOUT": False, "rng_ptr": None}, {"DROPOUT": True}):
+        arguments = (signature(kernel, dtype), {**values, **changed})
+        built = compile_for_all_targets(kernel, *arguments, num_warps=blocks.warps, targets=("sm_90",))
+        barriers.append(built["sm_90"].assembly.count("bar.sync"))
+    assert barriers[0] == barriers[1], "the mask goes from thread to thread through shared memory"
