@@ -18,6 +18,7 @@ This file imports no triton: the operator finds its kernels at the first CUDA te
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,7 +53,7 @@ Case = tuple[torch.dtype, torch.dtype, torch.dtype | None]
 """Dtype of what the linear gives, of the residual, and of autocast where that is on."""
 
 _AFTER = "dropout, addition and norm in one kernel, forward and backward"
-_RNG = (7, 11)
+_RNG = (7, 11)  # seed and offset in the proof
 
 
 class FusedDropoutAddNorm(nn.Module):
@@ -289,7 +290,7 @@ class _Decision:
             h, residual, bias, parameters, proof = self.split(case, tensors, with_bias=True)
             h = h if bias is None else h + bias.to(h.dtype)
             if proof and self.p:
-                h = h * kept_in_rows(self.rng(), self.p, tuple(h.shape)) * kept_scale(self.p)
+                h = h * _mask(self.p, tuple(h.shape), self.device) * kept_scale(self.p)
             elif not proof:
                 h = F.dropout(h, self.p, training=torch.is_grad_enabled())
             if h.dtype == torch.float64:
@@ -308,7 +309,7 @@ class _Decision:
             h, residual, bias, parameters, proof = self.split(case, tensors, with_bias=False)
             options: dict[str, Any] = {"eps": self.norm.eps, "linear_bias": bias, "out_dtype": out_dtype}
             options["dropout"] = self.p if proof or torch.is_grad_enabled() else 0.0
-            rng = self.rng() if proof and self.p else None
+            rng = torch.tensor(_RNG, device=self.device) if proof and self.p else None
             with _autocast(self.device, case[2]):
                 return dropout_add_layer_norm(h, residual, *parameters, rng=rng, **options)
 
@@ -340,10 +341,6 @@ class _Decision:
                 h = F.linear(x, weights[0])
         return h, residual, bias, vectors, False
 
-    def rng(self) -> Tensor:
-        """Seed and offset of the mask that both sides have in the proof."""
-        return torch.tensor(_RNG, device=self.device)
-
     def proven(self, case: Case, rows: int = PROVEN_SHAPE[0]) -> list[Tensor]:
         """What the linear gives, residual, vectors."""
         width = self.norm_module.get_parameter(self.norm.parameters[0]).numel()
@@ -371,6 +368,12 @@ class _Decision:
             (case[0],),
             autotune,
         )
+
+
+@functools.lru_cache(maxsize=2)  # a proof asks for one mask, and for that a hundred times
+def _mask(p: float, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The mask that both sides have in the proof."""
+    return kept_in_rows(torch.tensor(_RNG, device=device), p, shape)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,6 @@ from oslo_fusion.ops.row_cases import ROW_CASES, drawer, draws_of
 from oslo_fusion.probe import prove
 from oslo_fusion.testing import assert_close_to_reference
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 EPS = 1e-5
 WHAT = ("output", "dx", "dresidual", "dlinear_bias", "dweight", "dbias")
@@ -45,9 +44,10 @@ def ours(x: Tensor, residual: Tensor, linear_bias: Tensor, weight: Tensor, bias:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "dropout"), [(torch.float32, 0.25), (torch.float16, 0.0), (torch.bfloat16, 0.0), (torch.bfloat16, 0.25)]
+)
 @pytest.mark.parametrize("case", list(ROW_CASES))
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_the_law_holds(case: str, dtype: torch.dtype, dropout: float, device: str) -> None:
     draws = []
     for seed in range(draws_of(case)):

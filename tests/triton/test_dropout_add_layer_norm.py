@@ -72,9 +72,10 @@ def judge(draws: list[list[list[Tensor]]], case: str) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "dropout"), [(torch.float32, 0.25), (torch.float16, 0.25), (torch.bfloat16, 0.25), (torch.bfloat16, 0.0)]
+)
 @pytest.mark.parametrize("case", SOME_CASES)
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_the_law_holds(case: str, dtype: torch.dtype, dropout: float, device: torch.device) -> None:
     draws = []
     for seed in range(8 if case in ("one number", "odd") else 2):
@@ -99,7 +100,7 @@ def test_mixed_dtypes_and_absent_vectors(present: tuple[bool, ...], device: torc
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dim", [1024, 3000, 8192, 8193])
+@pytest.mark.parametrize("dim", [3000, 8192, 8193])
 def test_wide_rows(dim: int, device: torch.device) -> None:
     draw = drawer(torch.float16, device)
     judge([both_ways(draw(7, dim), draw(7, dim), [draw(dim) for _ in range(3)], 0.3, 0)], f"{dim} wide")
