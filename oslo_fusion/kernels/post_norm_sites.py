@@ -189,7 +189,9 @@ def _propose(path: str, module: nn.Module, found: PostNorm, scope: Scope) -> Pro
         return refuse(ROOM, site, before, missing(NAME, device.type, scope.config.kernel))
     p = getattr(module, found.wiring.dropout).p
     decision = _Decision(linear, norm, found.norm, p, device, dtype, scope.config.autotune)
-    key = (KIND, signature(linear), signature(norm), found.norm, p, device, dtype)
+    # What is proven does not depend on the linear's sizes, what is timed does.
+    kind = (decision.plain, decision.vectors) if decision.autotune == "off" else signature(linear)
+    key = (KIND, kind, signature(norm), found.norm, p, device, dtype)
     verdict, tables = scope.once(key, decision.result)
     settings = {
         "arguments": found.wiring.arguments,
