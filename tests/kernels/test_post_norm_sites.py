@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import oslo_fusion
 from oslo_fusion import probe, surgery
+from oslo_fusion.aot import room as aot_room
 from oslo_fusion.config import FusionConfig
 from oslo_fusion.environment import environment
 from oslo_fusion.kernels import norm_sites, post_norm_sites
@@ -21,7 +22,7 @@ from oslo_fusion.plan import Proposal, Timing
 from oslo_fusion.testing import assert_close_to_reference
 
 WISH = FusionConfig(enable=True, custom_cuda_kernels=(KERNEL,), autotune="off")
-BLOCK = {"kernel_fusion": {"enable": True, "custom_cuda_kernels": [KERNEL], "autotune": "off"}}
+BLOCK = {"enable": True, "custom_cuda_kernels": [KERNEL], "autotune": "off"}
 SMALL = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -373,14 +374,36 @@ def test_a_model_obeys_the_law(dtype: torch.dtype, inputs: Any, kernels_pretende
     assert [type(m) for m in model.modules()] == classes
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_in_layers_that_are_compiled(
+    inside: bool, inputs: Any, kernels_pretended: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With everything recomputed in the backward, but for what is drawn."""
+    monkeypatch.setattr(aot_room, "COMPILER", "eager")
+    monkeypatch.setattr(post_norm_sites, "INSIDE_COMPILED_LAYERS", inside)
+    model = family("Bert")
+    twin = copy.deepcopy(model)
+    oslo_fusion.initialize(model, {"kernel_fusion": {**BLOCK, "memory_efficient_fusion": {"activation_memory_budget": 0}}})
+    calls: list[Any] = []
+    right = post_norm_sites.dropout_add_layer_norm
+    monkeypatch.setattr(post_norm_sites, "dropout_add_layer_norm", lambda *a, **k: calls.append(k["dropout"]) or right(*a, **k))
+    given = inputs(model, "bert", labels=True)
+    first, second = (model.train()(**given).loss.item() for _ in range(2))
+    assert first != second, "masks are drawn anew"
+    assert set(calls) == ({0.1} if inside else set())
+    runtime = next(row.runtime for row in oslo_fusion.report(model).rows if row.room == "aot")
+    assert runtime.breaks == ()
+    _compare(model, twin, inputs)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("autotune", ["off", "cached"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["Bert", "Deberta"])
+@pytest.mark.parametrize("name", ["Bert", "Roberta"])
 def test_models_obey_the_law_on_a_gpu(name: str, dtype: torch.dtype, autotune: str, inputs: Any) -> None:
     model = family(name).to("cuda", dtype)
     twin = copy.deepcopy(model)
-    oslo_fusion.initialize(model, {"kernel_fusion": {**BLOCK["kernel_fusion"], "autotune": autotune}})
+    oslo_fusion.initialize(model, {"kernel_fusion": {**BLOCK, "autotune": autotune}})
     found = [row for row in oslo_fusion.report(model).rows if row.site.kind == KIND]
     assert len(found) == FAMILIES[name]
     if autotune == "off":
@@ -401,7 +424,7 @@ def test_a_step_of_bert_on_a_gpu(autocast: bool, build: Any) -> None:
     x = torch.randn(16, 512, 768, device="cuda", dtype=next(model.parameters()).dtype)
     for fused in (False, True):
         if fused:
-            oslo_fusion.initialize(model, BLOCK)
+            oslo_fusion.initialize(model, {"kernel_fusion": BLOCK})
             assert {r.outcome for r in oslo_fusion.report(model).rows if r.site.kind == KIND} == {"fused"}
         for _ in range(2):
             torch.cuda.reset_peak_memory_stats()

@@ -72,9 +72,7 @@ def judge(draws: list[list[list[Tensor]]], case: str) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(
-    ("dtype", "dropout"), [(torch.float32, 0.25), (torch.float16, 0.25), (torch.bfloat16, 0.25), (torch.bfloat16, 0.0)]
-)
+@pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.25), (torch.float16, 0.0), (torch.bfloat16, 0.25)])
 @pytest.mark.parametrize("case", SOME_CASES)
 def test_the_law_holds(case: str, dtype: torch.dtype, dropout: float, device: torch.device) -> None:
     draws = []
@@ -103,7 +101,7 @@ def test_mixed_dtypes_and_absent_vectors(present: tuple[bool, ...], device: torc
 @pytest.mark.parametrize("dim", [3000, 8192, 8193])
 def test_wide_rows(dim: int, device: torch.device) -> None:
     draw = drawer(torch.float16, device)
-    judge([both_ways(draw(7, dim), draw(7, dim), [draw(dim) for _ in range(3)], 0.3, 0)], f"{dim} wide")
+    judge([both_ways(draw(3, dim), draw(3, dim), [draw(dim) for _ in range(3)], 0.3, 0)], f"{dim} wide")
 
 
 @pytest.mark.parametrize("shape", [(9, 80), (3, 1025), (5, 1)])
