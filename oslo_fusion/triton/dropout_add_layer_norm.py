@@ -83,10 +83,12 @@ def add_norm_backward_blocks(dim: int, itemsize: int, num_rows: int, processors:
     else:
         warps, per_processor = _MAX_WARPS, 1
     rows = max(1, 32 * warps * numbers // columns)
-    tile = rows * columns * itemsize * 2
+    # At 8192 columns three sums are 48 of a thread's 128 registers: the weight is read again, from the L1 cache.
+    reload = columns > 4096
+    tile = rows * columns * itemsize * (2 + reload)
     # A tile less than there are stages waits in shared memory. A little of it is needed for reductions.
     stages = next((stages for stages in (3, 2) if (stages - 1) * tile * per_processor <= shared - 8192), 1)
-    return RowBlocks(rows, columns, warps, min(per_processor * processors, -(-num_rows // rows)), stages)
+    return RowBlocks(rows, columns, warps, min(per_processor * processors, -(-num_rows // rows)), stages, reload)
 
 
 @triton.jit(do_not_specialize=["x_row_units", "residual_row_units", "num_rows", "eps", "scale", "threshold"])
@@ -172,6 +174,7 @@ def _dropout_add_layer_norm_bwd_kernel(
     LINEAR_BIAS_GRADIENT: tl.constexpr,
     WEIGHT_GRADIENT: tl.constexpr,
     BIAS_GRADIENT: tl.constexpr,
+    RELOAD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -183,7 +186,9 @@ def _dropout_add_layer_norm_bwd_kernel(
     # ``layer_norm.py``.
     if HAS_WEIGHT:
         weight_ptrs = tl.broadcast_to(weight_ptr + cols, (ROWS, BLOCK))
-        weight = tl.load(weight_ptrs, mask=tl.broadcast_to(cols_mask, (ROWS, BLOCK)), other=0.0)
+        weight_mask = tl.broadcast_to(cols_mask, (ROWS, BLOCK))
+        if not RELOAD:
+            weight = tl.load(weight_ptrs, mask=weight_mask, other=0.0)
     if LINEAR_BIAS_GRADIENT:
         dlinear_bias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     if WEIGHT_GRADIENT:
@@ -207,6 +212,8 @@ def _dropout_add_layer_norm_bwd_kernel(
         if BIAS_GRADIENT:
             dbias += g
         if HAS_WEIGHT:
+            if RELOAD:
+                weight = tl.load(weight_ptrs, mask=weight_mask, other=0.0, eviction_policy="evict_last")
             g *= weight.to(tl.float32)
         along_row = tl.sum(g * normed, axis=1)[:, None] / DIM
         along_ones = tl.sum(g, axis=1)[:, None] / DIM
@@ -369,6 +376,7 @@ def launch_dropout_add_layer_norm_backward(
                 dlinear_bias.numel() > 0,
                 dweight.numel() > 0,
                 dbias.numel() > 0,
+                blocks.reload,
                 blocks.rows,
                 blocks.columns,
                 blocks.stages,

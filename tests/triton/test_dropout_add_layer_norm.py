@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +23,9 @@ from oslo_fusion.triton.dropout_add_layer_norm import add_norm_backward_blocks, 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EPS = 1e-5
 NAMES = ("y", "s", "mean", "rstd", "dresidual", "dx", "dlinear_bias", "dweight", "dbias")
-SOME_CASES = [name for name in ROW_CASES if name not in ("rows that do not fill a tile", "divisible by eight only")]
+KINDS = ((torch.float32, 0.25), (torch.bfloat16, 0.25), (torch.float16, 0.0))
+TURNS = list(zip(ROW_CASES, itertools.cycle(KINDS), strict=False))
+"""Dtype and dropout take turns over the cases: a kernel of each combination is slow to interpret, and to compile."""
 
 
 def test_this_file_interpreted(rerun_interpreted: Callable[[], None]) -> None:
@@ -72,9 +75,9 @@ def judge(draws: list[list[list[Tensor]]], case: str) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.25), (torch.float16, 0.0), (torch.bfloat16, 0.25)])
-@pytest.mark.parametrize("case", SOME_CASES)
-def test_the_law_holds(case: str, dtype: torch.dtype, dropout: float, device: torch.device) -> None:
+@pytest.mark.parametrize(("case", "kind"), TURNS, ids=list(ROW_CASES))
+def test_the_law_holds(case: str, kind: tuple[torch.dtype, float], device: torch.device) -> None:
+    dtype, dropout = kind
     draws = []
     for seed in range(8 if case in ("one number", "odd") else 2):
         draw = drawer(dtype, device, seed)
@@ -218,7 +221,7 @@ def test_blocks_cover_a_row_and_fit(dim: int, itemsize: int) -> None:
         assert dim <= blocks.columns < max(17, 2 * dim)
         assert blocks.rows * blocks.columns <= 32 * blocks.warps * 16, "three sums of more numbers a thread would spill"
         resident = blocks.programs // processors
-        assert (blocks.stages - 1) * blocks.rows * blocks.columns * itemsize * 2 * resident <= shared
+        assert (blocks.stages - 1) * blocks.rows * blocks.columns * itemsize * (2 + blocks.reload) * resident <= shared
         assert 1 <= resident <= 4
         assert add_norm_backward_blocks(dim, itemsize, 3, processors, shared).programs <= 3
 
@@ -241,16 +244,15 @@ def signature(kernel: Any, dtype: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("dim", [768, 1000, 4096, 8192])
-@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize(("dim", "dropout"), [(768, False), (768, True), (1000, True), (8192, True)])
 def test_kernels_compile_for_every_target(
     dim: int, dtype: str, dropout: bool, compile_for_all_targets: Callable[..., Any]
 ) -> None:
     itemsize = 2 if dtype == "bf16" else 4
     shape = {"DIM": dim, "UNIT": 16 if dim % 16 == 0 else 8, "HAS_WEIGHT": True, "DROPOUT": dropout}
     absent = {} if dropout else {"rng_ptr": None}
-    # A row of 8192 numbers has as many registers as 16 warps can have; up to 32 bytes of 512 spill on sm_80, 8 elsewhere.
-    allowed = 32 if dim == 8192 else 0
+    # A row of 8192 numbers has as many registers as 16 warps can have: 8 bytes of 512 spill in bfloat16, 40 in float32 (sm_100).
+    allowed = 48 if dim == 8192 else 0
     kernel = kernels._dropout_add_layer_norm_fwd_kernel
     for few in (False, True):
         blocks = add_norm_forward_blocks(dim, itemsize, few)
@@ -263,7 +265,7 @@ def test_kernels_compile_for_every_target(
     absent |= {} if dropout else {"dx_ptr": None}
     for target, facts in TARGETS.items():
         blocks = add_norm_backward_blocks(dim, itemsize, 32768, *facts)
-        tile = {"ROWS": blocks.rows, "BLOCK": blocks.columns, "STAGES": blocks.stages}
+        tile = {"ROWS": blocks.rows, "BLOCK": blocks.columns, "STAGES": blocks.stages, "RELOAD": blocks.reload}
         sums = {"LINEAR_BIAS_GRADIENT": True, "WEIGHT_GRADIENT": True, "BIAS_GRADIENT": True}
         values = {**shape, **tile, **sums, **absent}
         compile_for_all_targets(
