@@ -251,7 +251,7 @@ def test_kernels_compile_for_every_target(
     itemsize = 2 if dtype == "bf16" else 4
     shape = {"DIM": dim, "UNIT": 16 if dim % 16 == 0 else 8, "HAS_WEIGHT": True, "DROPOUT": dropout}
     absent = {} if dropout else {"rng_ptr": None}
-    # A row of 8192 numbers has as many registers as 16 warps can have: 8 bytes of 512 spill in bfloat16, 40 in float32 (sm_100).
+    # A row of 8192 numbers has all registers of 16 warps: 8 bytes of 512 spill in bfloat16, 40 in float32 (sm_100).
     allowed = 48 if dim == 8192 else 0
     kernel = kernels._dropout_add_layer_norm_fwd_kernel
     for few in (False, True):
