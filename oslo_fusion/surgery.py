@@ -112,9 +112,7 @@ def put(module: nn.Module, change: Swap) -> None:
     if change.replaces and name not in module.__dict__:
         raise PlanError(f"{where}: has no attribute {name} to replace. Remedy: plan and apply on the same model.")
     if not change.replaces and name in module.__dict__:
-        raise PlanError(
-            f"{where}: has an attribute {name} of its own. Remedy: restore the model first, or undo that patch."
-        )
+        raise PlanError(f"{where}: has an attribute {name} of its own. Remedy: restore the model first, or undo that patch.")
     given = change.donor(module, change.settings)
     if change.replaces:
         # A dictionary of its own for every change, as a snapshot holds the earlier one.
