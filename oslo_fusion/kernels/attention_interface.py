@@ -4,9 +4,9 @@ The same meaning: causal without a mask where the module or the call says so and
 first keys only (an empty static cache has more); groups of heads; boolean masks. What the plan does not know, a mask that is
 added, a bias, or attentions that are asked for, is handed to transformers' function as it came.
 
-Packed calls carry the names of transformers' ``FlashAttentionKwargs``: ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (int32, on the
-device) and ``max_length_q`` and ``max_length_k`` (numbers), for a batch of one. The offsets alone describe the sequences: a mask
-is not looked at, causality and a window hold within each of them.
+Packed calls, of a batch of one, carry the names of transformers' ``FlashAttentionKwargs``: ``cu_seq_lens_q`` and
+``cu_seq_lens_k`` (int32, on the device), ``max_length_q`` and ``max_length_k`` (numbers). The offsets alone describe the
+sequences: a mask is not looked at, causality and a window hold within each of them.
 """
 
 from __future__ import annotations
