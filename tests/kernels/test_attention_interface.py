@@ -18,11 +18,11 @@ from oslo_fusion import surgery
 from oslo_fusion.aot import room as aot_room
 from oslo_fusion.config import FusionConfig
 from oslo_fusion.errors import ConfigError, PlanError
-from oslo_fusion.kernels import attention_interface, attention_routes
+from oslo_fusion.kernels import attention_routes
 from oslo_fusion.kernels.attention_routes import KIND, is_site
 from oslo_fusion.kernels.attention_routing import INTERFACE, ROUTING, RoutedConfig, Rule
 from oslo_fusion.ops import attention_backends
-from oslo_fusion.ops.attention_backends import BACKENDS, OURS
+from oslo_fusion.ops.attention_backends import OURS
 from oslo_fusion.plan import Swap
 from oslo_fusion.testing import assert_close_to_reference
 
@@ -299,9 +299,8 @@ def test_surgery_gives_a_replaced_attribute_back() -> None:
         surgery.apply(model, [change])
     surgery.restore(model)
     assert model.config is old
-    with pytest.raises(RuntimeError, match="half-way"), surgery.transaction(model):
-        surgery.apply(model, [change])
-        raise RuntimeError("half-way")
+    with pytest.raises(PlanError, match="not in this Linear"), surgery.transaction(model):
+        surgery.apply(model, [change, Swap("part", Put, {})])
     assert model.config is old
     with pytest.raises(PlanError, match="has no attribute other to replace"):
         surgery.apply(model, [Swap("", Put, {}, "other", replaces=True)])
@@ -365,7 +364,9 @@ def test_packed_calls_that_make_no_sense_are_errors() -> None:
         model(**{**given, "max_length_k": None})
     with pytest.raises(ConfigError, match="position_bias: received a tensor of"):
         model.bert.encoder.layer[0].attention.self(
-            torch.randn(1, 12, WIDTH), position_bias=torch.randn(1, 4, 12, 12), **{k: v for k, v in given.items() if "_" in k[2:]}
+            torch.randn(1, 12, WIDTH),
+            position_bias=torch.randn(1, 4, 12, 12),
+            **{k: v for k, v in given.items() if "_" in k[2:]},
         )
     with pytest.raises(ConfigError, match="cu_seqlens_q"):
         model(**{**given, "cu_seq_lens_q": given["cu_seq_lens_q"] + 1})
@@ -465,7 +466,7 @@ def test_dropout_in_compiled_layers_is_the_same_in_the_backward(budget: float, m
     for move in (step, -2 * step):
         with torch.no_grad():
             weight.add_(direction, alpha=move)
-        losses.append(float(loss()))
+        losses.append(float(loss().detach()))
     measured = (losses[0] - losses[1]) / (2 * step)
     assert measured == pytest.approx(slope, rel=1e-5)
 
@@ -506,10 +507,10 @@ def test_only_what_wins(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None
     assert "float32, with backward, 1×2048: triton (sdpa 100, triton 50 µs)" in rows[0].reason
     routing = getattr(model.transformer.h[0].attn.config, ROUTING)
     ours = ((0, OURS),) if compiled else ((1024, "sdpa"), (0, OURS))
-    assert {(rule.training, rule.winners) for rule in routing.rules} == {(True, ours)} | ({(False, ours)} if compiled else set())
-    monkeypatch.setattr(
-        attention_routes.probe, "time_pair", lambda *_, **__: Timing("float32", "", 100.0, 99.0, 100.0, 99.0)
+    assert {(rule.training, rule.winners) for rule in routing.rules} == {(True, ours)} | (
+        {(False, ours)} if compiled else set()
     )
+    monkeypatch.setattr(attention_routes.probe, "time_pair", lambda *_, **__: Timing("float32", "", 100.0, 99.0, 100.0, 99.0))
     rows = fuse(model, autotune="full")
     assert {row.outcome for row in rows} == {"refused"}
     assert "not faster here" in rows[0].reason
@@ -517,8 +518,8 @@ def test_only_what_wins(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_an_unfit_backend_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_backends, "choices", lambda *where: {"auto": "triton"})
-    monkeypatch.setattr(attention_routes, "run", lambda backend, q, k, v, **rest: attention_backends.run(OURS, q, k, v, scale=1.0))
+    monkeypatch.setattr(
+        attention_routes, "run", lambda backend, q, k, v, **rest: attention_backends.run(OURS, q, k, v, scale=1.0)
+    )
     rows = fuse(model_of("llama"))
     assert {row.outcome for row in rows} == {"refused"}
-    assert BACKENDS[-1] == OURS
-    assert attention_interface.OFFSETS == "cu_seq_lens_q"
