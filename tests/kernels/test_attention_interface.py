@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import oslo_fusion
 from oslo_fusion import surgery
 from oslo_fusion.aot import room as aot_room
-from oslo_fusion.config import FusionConfig
 from oslo_fusion.errors import ConfigError, PlanError
 from oslo_fusion.kernels import attention_routes
 from oslo_fusion.kernels.attention_routes import KIND, is_site
@@ -69,12 +68,6 @@ CAUSAL = ("gpt2", "llama", "qwen2", "mistral")
 def kernels_pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU that has kernels: the operator's reference runs, so its place in a model can be tested."""
     monkeypatch.setattr(attention_backends, "choices", lambda *where: {"auto": "triton"})
-
-
-@pytest.fixture
-def padding_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed calls will come."""
-    monkeypatch.setattr(FusionConfig, "padding_free", True, raising=False)
 
 
 @pytest.fixture
@@ -324,7 +317,6 @@ def packed(name: str) -> tuple[dict[str, Any], list[Tensor]]:
     return {**given, "max_length_q": max(LENGTHS), "max_length_k": max(LENGTHS)}, texts
 
 
-@pytest.mark.usefixtures("padding_free")
 @pytest.mark.parametrize(
     ("name", "compiled"),
     [*((name, False) for name in ("bert", "roberta", "gpt2", "llama", "qwen2", "mistral")), ("bert", True), ("mistral", True)],
@@ -337,7 +329,7 @@ def test_packed_sequences_are_the_sequences(
     changes = {"sliding_window": 3} if name == "mistral" else {}
     model = model_of(name, **changes).double()
     twin = copy.deepcopy(model)
-    rows = fuse(model, custom_cuda_kernels=[], memory_efficient_fusion=compiled)
+    rows = fuse(model, custom_cuda_kernels=[], padding_free=True, memory_efficient_fusion=compiled)
     assert [row.outcome for row in rows] == ["fused"] * 2
     assert "kept for packed calls" in rows[0].reason
     given, texts = packed(name)
@@ -355,10 +347,9 @@ def test_packed_sequences_are_the_sequences(
             torch.testing.assert_close(ours.grad / scale, theirs.grad / scale, rtol=0, atol=1e-9, msg=path)
 
 
-@pytest.mark.usefixtures("padding_free")
 def test_packed_calls_that_make_no_sense_are_errors() -> None:
     model = model_of("bert")
-    fuse(model)
+    fuse(model, padding_free=True)
     given, _ = packed("bert")
     with pytest.raises(ConfigError, match="max_length_k: received None"):
         model(**{**given, "max_length_k": None})
@@ -372,11 +363,10 @@ def test_packed_calls_that_make_no_sense_are_errors() -> None:
         model(**{**given, "cu_seq_lens_q": given["cu_seq_lens_q"] + 1})
 
 
-@pytest.mark.usefixtures("padding_free")
 def test_without_kernels_only_packed_calls_are_ours(counted: list[str]) -> None:
     model = model_of("bert")
     twin = copy.deepcopy(model)
-    fuse(model)
+    fuse(model, padding_free=True)
     counted.clear()
     assert torch.equal(model(**batch("bert", "right")).loss, twin(**batch("bert", "right")).loss)
     assert counted == []
@@ -548,14 +538,14 @@ def test_models_obey_the_law_on_a_gpu(name: str, dtype: torch.dtype, compiled: b
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("padding_free", "_fresh_compiler")
+@pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("name", WIDE)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_packed_sequences_on_a_gpu(name: str, compiled: bool) -> None:
     """In half precision by the faster kernel: as far from float64 as the texts one by one are, twice that at most."""
     model = model_of(name, **WIDE[name]).to("cuda", torch.bfloat16)
     twin, exact = copy.deepcopy(model), copy.deepcopy(model).double()
-    fuse(model, custom_cuda_kernels=[], memory_efficient_fusion=compiled, autotune="full")
+    fuse(model, custom_cuda_kernels=[], padding_free=True, memory_efficient_fusion=compiled, autotune="full")
     given, texts = packed(name)
     given = {key: value.cuda() if isinstance(value, Tensor) else value for key, value in given.items()}
     more = {} if name == "bert" else {"use_cache": False}
