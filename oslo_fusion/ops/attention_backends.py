@@ -205,6 +205,29 @@ def run(
     )
 
 
+def run_masked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    masked: str,
+    plain: str,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """Attention under a mask, which a compiler may find to say nothing but the flag (:mod:`oslo_fusion.aot.masks`).
+
+    Args:
+        q, k, v: as for :func:`run`.
+        mask: bool; None once it was found to say nothing.
+        causal: what it said instead.
+        masked, plain: the backends with a mask, and without.
+        scale, dropout: as for :func:`run`.
+    """
+    return run(plain if mask is None else masked, q, k, v, scale=scale, causal=causal, mask=mask, dropout=dropout)
+
+
 def is_of_keys(mask: Tensor, k: Tensor) -> bool:
     """Whether a mask is one row for all queries and heads, as transformers expands an encoder's padding.
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import oslo_fusion
 from oslo_fusion import surgery
+from oslo_fusion.aot import masks
 from oslo_fusion.aot import room as aot_room
 from oslo_fusion.errors import ConfigError, PlanError
-from oslo_fusion.kernels import attention_routes
+from oslo_fusion.kernels import attention_routes, rope_sites
 from oslo_fusion.kernels.attention_routes import KIND, is_site
 from oslo_fusion.kernels.attention_routing import INTERFACE, ROUTING, RoutedConfig, Rule
 from oslo_fusion.ops import attention_backends
@@ -274,6 +275,25 @@ def test_the_view_reads_and_writes_the_real_one() -> None:
     assert not hasattr(view, "nothing_of_this_name")
 
 
+@pytest.mark.usefixtures("kernels_pretended")
+def test_beside_the_rotary_donor_on_the_same_module(counted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One changes the forward, the other what it finds in its configuration: two claims, and both go back."""
+    monkeypatch.setattr(rope_sites, "choices", lambda *where: {"auto": "triton"})
+    model = model_of("llama")
+    twin = copy.deepcopy(model)
+    fuse(model, custom_cuda_kernels=["FusedRoPE", "FusedAttention"])
+    rows = [row for row in oslo_fusion.report(model).rows if row.room == "kernels"]
+    assert [row.outcome for row in rows] == ["fused"] * 4
+    assert {path for row in rows for path in row.claims} >= {"model.layers.0.self_attn", "model.layers.0.self_attn.config"}
+    assert isinstance(model.model.layers[0].self_attn, rope_sites.FusedRoPEAttention)
+    counted.clear()
+    assert_same(model, twin, batch("llama", "left"))
+    assert counted == [OURS] * 2
+    oslo_fusion.restore(model)
+    attention = model.model.layers[0].self_attn
+    assert (type(attention), attention.config) == (type(twin.model.layers[0].self_attn), model.config)
+
+
 def test_surgery_gives_a_replaced_attribute_back() -> None:
     class Put:
         def __init__(self, module: Any, settings: Any) -> None:
@@ -415,6 +435,24 @@ def test_in_compiled_layers(name: str, budget: float, monkeypatch: pytest.Monkey
         assert_same(model, twin, batch(name, padding))
     runtime = next(row.runtime for row in oslo_fusion.report(model).rows if row.room == "aot")
     assert (len(runtime.graphs), runtime.breaks) == (2, ())
+
+
+@pytest.mark.usefixtures("kernels_pretended", "_fresh_compiler")
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_a_whole_model_takes_what_is_chosen_without_a_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced, transformers makes a mask of every call; one that says nothing is not what a backend is chosen for."""
+    monkeypatch.setattr(aot_room, "COMPILER", "eager")
+    model = model_of(name)
+    model.config.use_cache = False
+    twin = copy.deepcopy(model)
+    fuse(model, memory_efficient_fusion={"scope": "model"})
+    counts: list[int] = []
+    real = masks.simplify_masks
+    monkeypatch.setattr("oslo_fusion.aot.backend.simplify_masks", lambda graph: counts.append(real(graph)))
+    assert_same(model, twin, batch(name))
+    assert sum(counts) == LAYERS
+    assert_same(model, twin, batch(name, "right"))
+    assert sum(counts) == LAYERS, "a mask that is an input stays"
 
 
 @pytest.mark.usefixtures("kernels_pretended", "_fresh_compiler")
