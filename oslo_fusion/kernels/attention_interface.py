@@ -1,7 +1,8 @@
 """What a routed attention module calls in place of transformers' ``sdpa_attention_forward``. Importing this registers its name.
 
 The same meaning: causal without a mask where the module or the call says so and there is more than one query, then over the
-first keys only (an empty static cache has more); groups of heads; boolean masks. What the plan does not know, a mask that is
+first keys only (an empty static cache has more); groups of heads; boolean masks. Backends that the process has switched off,
+as ``torch.nn.attention.sdpa_kernel`` does, are asked about when the plan is made and not at each call. What the plan does not know, a mask that is
 added, a bias, or attentions that are asked for, is handed to transformers' function as it came.
 
 Packed calls, of a batch of one, carry the names of transformers' ``FlashAttentionKwargs``: ``cu_seq_lens_q`` and

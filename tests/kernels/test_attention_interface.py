@@ -510,6 +510,23 @@ def test_the_nearest_length_decides() -> None:
     assert [rule.winner(tokens) for tokens in (1, 1024, 1025, 9999)] == ["flash", "flash", "cudnn", "cudnn"]
 
 
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_compiled_graph_is_made_anew_where_the_winner_changes() -> None:
+    rule, count = Rule(torch.float16, True, False, ((1024, "flash"), (0, "cudnn"))), [0]
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        count[0] += 1
+        return graph
+
+    @torch.compile(backend=backend)
+    def function(x: Tensor) -> Tensor:
+        return x + (1 if rule.winner(x.shape[0]) == "flash" else 2)
+
+    for tokens, graphs in ((100, 1), (200, 2), (900, 2), (1024, 2), (1025, 3), (4000, 3), (300, 3), (2000, 3)):
+        assert float(function(torch.zeros(tokens))[0]) == (1 if tokens <= 1024 else 2)
+        assert count[0] == graphs, tokens
+
+
 @pytest.mark.usefixtures("kernels_pretended")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_only_what_wins(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
