@@ -1,9 +1,9 @@
 """What a routed attention module calls in place of transformers' ``sdpa_attention_forward``. Importing this registers its name.
 
 The same meaning: causal without a mask where the module or the call says so and there is more than one query, then over the
-first keys only (an empty static cache has more); groups of heads; boolean masks. Backends that the process has switched off,
-as ``torch.nn.attention.sdpa_kernel`` does, are asked about when the plan is made and not at each call. What the plan does not know, a mask that is
-added, a bias, or attentions that are asked for, is handed to transformers' function as it came.
+first keys only (an empty static cache has more); groups of heads; boolean masks. What the plan does not know, a mask that is
+added, a bias, or attentions that are asked for, is handed to transformers' function as it came. Whether the process has
+switched a backend off (``torch.nn.attention.sdpa_kernel``) is asked when the plan is made, not at each call.
 
 Packed calls, of a batch of one, carry the names of transformers' ``FlashAttentionKwargs``: ``cu_seq_lens_q`` and
 ``cu_seq_lens_k`` (int32, on the device), ``max_length_q`` and ``max_length_k`` (numbers). The offsets alone describe the
@@ -125,7 +125,7 @@ def _choose(routing: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) 
     if not torch.compiler.is_compiling() and not _can_be_launched(q, k, v, mask):
         return SDPA
     kind, dtype = q.device.type, q.dtype
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
     elif k.dtype != dtype or v.dtype != dtype:
         return SDPA
