@@ -42,7 +42,7 @@ AUTOTUNE = ("off", "cached", "full")
 ON_REFUSAL = ("report", "raise")
 SCOPES = ("layer", "model")
 _FILE_ENDINGS = (".yaml", ".yml", ".json")
-_LATER_KEYS = ("preset", "cuda_graphs", "padding_free", "generation")
+_LATER_KEYS = ("preset", "cuda_graphs", "generation")
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,12 @@ class FusionConfig:
             mapping with its fields. Anything but ``False`` is kept as a :class:`MemoryEfficientFusion`.
         custom_cuda_kernels: kernels to use beside the rest: ``FusedRMSNorm`` and ``FusedLayerNorm`` for norms,
             ``FusedSwiGLU`` and ``FusedGeGLU`` for gated MLPs, ``FusedRoPE`` for the rotary embedding of attention,
-            ``FusedAttention`` for attention with T5's relative-position bias, ``FusedNoRepeatNGram`` for n-gram blocking in
-            ``generate``; ``("all",)`` for all of these. Only by name: ``FusedLinearCrossEntropy`` for head and loss of a
-            language model in training, whose output then has None for logits. The plan refuses by name what this version
-            does not have.
+            ``FusedAttention`` for attention with T5's relative-position bias and the fastest backend for any other,
+            ``FusedNoRepeatNGram`` for n-gram blocking in ``generate``; ``("all",)`` for all of these. Only by name:
+            ``FusedLinearCrossEntropy`` for head and loss of a language model in training, whose output then has None for
+            logits. The plan refuses by name what this version does not have.
+        padding_free: compute padded batches without their padding, packed into one sequence of tokens, in training and
+            evaluation. Where outputs have a place for each token, those at padding are zeros.
         kernel: which implementation of a kernel is used where there are several: ``triton`` or ``cuda`` (the compiled
             extension's) and no other, so that a site without it is refused; ``auto`` the fastest on this device, on the CPU
             the extension's C++ kernel.
@@ -130,13 +132,14 @@ class FusionConfig:
     enable: bool = False
     memory_efficient_fusion: bool | MemoryEfficientFusion = False
     custom_cuda_kernels: tuple[str, ...] = ()
+    padding_free: bool = False
     kernel: str = "auto"
     autotune: str = "cached"
     verify: bool = False
     on_refusal: str = "report"
 
     def __post_init__(self) -> None:
-        for name in ("enable", "verify"):
+        for name in ("enable", "padding_free", "verify"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise _wrong(name, value, "true or false", "write true or false, without quotes")

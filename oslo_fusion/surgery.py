@@ -27,7 +27,10 @@ REPORT = "_oslo_fusion_report"
 ATTRIBUTES = "_oslo_fusion_attributes"
 """Where an instance keeps the names of the attributes that were put on it."""
 
-_OURS = (SETTINGS, REPORT, ATTRIBUTES)
+REPLACED = "_oslo_fusion_replaced"
+"""Where it keeps what some of them took the place of, by name."""
+
+_OURS = (SETTINGS, REPORT, ATTRIBUTES, REPLACED)
 
 _CLASSES: dict[str, type[nn.Module]] = {}
 
@@ -102,14 +105,20 @@ def apply(model: nn.Module, swaps: Iterable[Swap]) -> None:
 
 
 def put(module: nn.Module, change: Swap) -> None:
-    """Put an attribute on the instance, where Python finds it before the method of that name."""
-    if change.attribute in module.__dict__:
-        raise PlanError(
-            f"{change.path or type(module).__name__}: has an attribute {change.attribute} of its own. Remedy: restore the "
-            "model first, or undo that patch."
-        )
-    module.__dict__[change.attribute] = change.donor(module, change.settings)
-    module.__dict__[ATTRIBUTES] = (*module.__dict__.get(ATTRIBUTES, ()), change.attribute)
+    """Put an attribute on the instance, where Python finds it before the method of that name, or in place of its own."""
+    name, where = change.attribute, change.path or type(module).__name__
+    if name in module.__dict__.get(ATTRIBUTES, ()):
+        raise PlanError(f"{where}: its {name} was put there by a plan. Remedy: restore the model first.")
+    if change.replaces and name not in module.__dict__:
+        raise PlanError(f"{where}: has no attribute {name} to replace. Remedy: plan and apply on the same model.")
+    if not change.replaces and name in module.__dict__:
+        raise PlanError(f"{where}: has an attribute {name} of its own. Remedy: restore the model first, or undo that patch.")
+    given = change.donor(module, change.settings)
+    if change.replaces:
+        # A dictionary of its own for every change, as a snapshot holds the earlier one.
+        module.__dict__[REPLACED] = {**module.__dict__.get(REPLACED, {}), name: module.__dict__[name]}
+    module.__dict__[name] = given
+    module.__dict__[ATTRIBUTES] = (*module.__dict__.get(ATTRIBUTES, ()), name)
 
 
 class Standing:
@@ -150,7 +159,7 @@ class Standing:
 
 
 def restore(model: nn.Module) -> None:
-    """Give every swapped module its own class back and forget the report.
+    """Give every swapped module its own class and attributes back and forget the report.
 
     Raises:
         PlanError: a module's class was changed again after ``initialize``, by FSDP say; nothing is changed then.
@@ -165,8 +174,7 @@ def restore(model: nn.Module) -> None:
     for module in modules:
         if is_fused(module):
             module.__class__ = type(module).__bases__[1]
-        for name in (*module.__dict__.get(ATTRIBUTES, ()), *_OURS):
-            module.__dict__.pop(name, None)
+        _strip(module)
 
 
 def attach(model: nn.Module, report: object) -> None:
@@ -213,10 +221,17 @@ def _names(module: nn.Module) -> tuple[str, ...]:
     return tuple(n for n in (*module.__dict__.get(ATTRIBUTES, ()), *_OURS) if n in module.__dict__)
 
 
+def _strip(module: nn.Module) -> None:
+    """Take what is ours off the instance, and give it what that took the place of."""
+    replaced = module.__dict__.get(REPLACED, {})
+    for name in _names(module):
+        del module.__dict__[name]
+    module.__dict__.update(replaced)
+
+
 def _put_back(saved: _Saved) -> None:
     for module, cls, attributes in saved:
         if type(module) is not cls:
             module.__class__ = cls
-        for name in _names(module):
-            del module.__dict__[name]
+        _strip(module)
         module.__dict__.update(attributes)

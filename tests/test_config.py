@@ -96,6 +96,8 @@ def test_memory_efficient_fusion_is_a_switch_or_a_block() -> None:
         ({"kernel_fusion": {"enable": "yes"}}, ["kernel_fusion.enable", "'yes' (str)", "true or false"]),
         ({"kernel_fusion": {"enable": 1}}, ["kernel_fusion.enable", "1 (int)"]),
         ({"kernel_fusion": {"enable": None}}, ["kernel_fusion.enable", "None"]),
+        ({"kernel_fusion": {"padding_free": 1}}, ["kernel_fusion.padding_free", "1 (int)", "true or false"]),
+        ({"kernel_fusion": {"paddingfree": True}}, ["did you mean padding_free?"]),
         ({"kernel_fusion": {"memory_efficient_fusion": "yes"}}, ["kernel_fusion.memory_efficient_fusion", "'yes' (str)"]),
         ({"kernel_fusion": {"memory_efficient_fusion": None}}, ["memory_efficient_fusion", "None", "activation_memory_budget"]),
         (aot({"cuda_graphs": 1}), ["kernel_fusion.memory_efficient_fusion.cuda_graphs", "true or false"]),
