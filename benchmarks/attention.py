@@ -290,8 +290,9 @@ def sweep(name: str, case: AttentionCase, dtype: torch.dtype, device: torch.devi
 
     leaves = [t.detach() for t in case.tensors(drawer(dtype, device))]
     options = case.options(device)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
     arguments = op.prepare(*leaves[:3], bias_table=leaves[3] if case.table else None, **options)
-    out, sums = kernels.launch_attention(*arguments)
+    out, sums, rest = kernels.launch_attention(*arguments)
     g = drawer(dtype, device, 1)(*out.shape)
 
     class Cut(torch.autograd.Function):
@@ -303,8 +304,8 @@ def sweep(name: str, case: AttentionCase, dtype: torch.dtype, device: torch.devi
         @staticmethod
         def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> Tensor:
             ctx.arguments = op.prepare(q, k, v, bias_table=table, **small(case).options(device))
-            y, s = kernels.launch_attention(*ctx.arguments, blocks=Cut.blocks)
-            ctx.save_for_backward(y, s)
+            y, *state = kernels.launch_attention(*ctx.arguments, blocks=Cut.blocks)
+            ctx.save_for_backward(y, *state)
             result: Tensor = y
             return result
 
@@ -333,7 +334,7 @@ def sweep(name: str, case: AttentionCase, dtype: torch.dtype, device: torch.devi
                 calls[label] = lambda _, blocks=blocks: kernels.launch_attention(*arguments, blocks=blocks)
             else:
                 calls[label] = lambda _, blocks=blocks: kernels.launch_attention_backward(
-                    g, *arguments[:3], out, sums, *arguments[3:], bool(case.table), blocks=blocks
+                    g, *arguments[:3], out, sums, rest, *arguments[3:], bool(case.table), blocks=blocks
                 )
         times = device_times(calls, BURST, TURNS)
         amount = operations(case) * (1.0 if kernel == "forward" else 2.5)

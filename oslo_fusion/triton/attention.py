@@ -45,6 +45,7 @@ from oslo_fusion.ops.attention import (
     attention_reference,
     new_like_tokens,
     new_logsumexp,
+    new_rest,
     register_kernels,
     relative_position_bucket,
     split,
@@ -420,6 +421,7 @@ def _attention_fwd_kernel(
     v_ptr,
     out_ptr,
     sums_ptr,
+    rest_ptr,
     distances_ptr,
     slopes_ptr,
     mask_ptr,
@@ -472,6 +474,7 @@ def _attention_fwd_kernel(
     HAS_RIGHT: tl.constexpr,
     DROPOUT: tl.constexpr,
     FOLD: tl.constexpr,
+    REST: tl.constexpr,
     ASM: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -584,13 +587,17 @@ def _attention_fwd_kernel(
     if FOLD:
         top *= scale
     kind = sums_ptr.dtype.element_ty
-    rest = tl.log(total.to(kind)) if NATURAL else tl.log2(total)
-    sums = tl.where(seen, top.to(kind) + rest, float("inf"))
+    logarithm = tl.log(total.to(kind)) if NATURAL else tl.log2(total)
+    sums = tl.where(seen, top.to(kind) + logarithm, float("inf"))
     sums_base = sums_ptr + batch.to(tl.int64) * sum_batch + head.to(tl.int64) * sum_head + first_query
     tl.store(sums_base + q0 + rows, sums, mask=q0 + rows < queries)
     out_base = _base(out_ptr, batch, head, first_query, o_batch, o_head, o_token, UNIT)
-    out_ptrs = out_base + tokens[:, None] * (o_token * UNIT) + dims[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
+    offsets = tokens[:, None] * (o_token * UNIT) + dims[None, :]
+    out = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_base + offsets, out, mask=q_mask)
+    if REST:
+        rest_base = _base(rest_ptr, batch, head, first_query, o_batch, o_head, o_token, UNIT)
+        tl.store(rest_base + offsets, (acc - out.to(tl.float32)).to(out.dtype), mask=q_mask)
 
 
 # --- backward ----------------------------------------------------------------------------------------------------------------
@@ -602,6 +609,7 @@ _DELTA_NUMBERS = ["heads", "queries", "blocks", "sum_batch", "sum_head", *_NUMBE
 @triton.jit(do_not_specialize=_DELTA_NUMBERS)
 def _attention_delta_kernel(
     out_ptr,
+    rest_ptr,
     dout_ptr,
     delta_ptr,
     q_offsets_ptr,
@@ -620,6 +628,7 @@ def _attention_delta_kernel(
     WIDTH: tl.constexpr,
     UNIT: tl.constexpr,
     PACKED: tl.constexpr,
+    REST: tl.constexpr,
     QUERIES: tl.constexpr,
 ):
     block = tl.program_id(0) % blocks
@@ -632,6 +641,9 @@ def _attention_delta_kernel(
     out_base = _base(out_ptr, batch, head, first_query, o_batch, o_head, o_token, UNIT)
     dout_base = _base(dout_ptr, batch, head, first_query, g_batch, g_head, g_token, UNIT)
     out = tl.load(out_base + tokens * (o_token * UNIT) + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    if REST:
+        rest_base = _base(rest_ptr, batch, head, first_query, o_batch, o_head, o_token, UNIT)
+        out += tl.load(rest_base + tokens * (o_token * UNIT) + dims[None, :], mask=mask, other=0.0).to(tl.float32)
     dout = tl.load(dout_base + tokens * (g_token * UNIT) + dims[None, :], mask=mask, other=0.0).to(tl.float32)
     delta_base = delta_ptr + batch.to(tl.int64) * sum_batch + head.to(tl.int64) * sum_head + first_query
     tl.store(delta_base + rows, tl.sum(out * dout, axis=1), mask=rows < queries)
@@ -1442,15 +1454,15 @@ def _reads_by_instruction(q: Tensor) -> bool:
 
 def launch_attention(
     q: Tensor, k: Tensor, v: Tensor, *arguments: Any, blocks: AttentionBlocks | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`oslo_fusion.ops.attention.attention_reference`; ``blocks`` overrides the heuristic."""
     extras, options, _ = split(arguments)
     if q.dtype == torch.float64:
         return attention_reference(q, k, v, *arguments)
     _check(q, k, v, extras, options)
-    out, sums = new_like_tokens(q), new_logsumexp(q)
+    out, sums, rest = new_like_tokens(q), new_logsumexp(q), new_rest(q, options)
     if q.numel() == 0:
-        return out, sums
+        return out, sums, rest
     with on_device(q):
         setup = _set_up(q, k, v, extras, options)
         has_table, has_slopes = setup.biases
@@ -1460,7 +1472,7 @@ def launch_attention(
         fold = not (has_table or has_slopes) and options.scale > 0 and q.dtype != torch.float32
         _FORWARD(
             (count * setup.heads * setup.batches,),
-            (setup.q, setup.k, setup.v, out, sums, *setup.pointers),
+            (setup.q, setup.k, setup.v, out, sums, rest if rest.numel() else None, *setup.pointers),
             (*setup.numbers(count, sums), *strides),
             (
                 q.shape[-1],
@@ -1470,6 +1482,7 @@ def launch_attention(
                 has_slopes,
                 *setup.masks,
                 fold,
+                rest.numel() > 0,
                 _reads_by_instruction(q),
                 cut.queries,
                 cut.keys,
@@ -1477,7 +1490,7 @@ def launch_attention(
             ),
             cut.warps,
         )
-    return out, sums
+    return out, sums, rest
 
 
 def launch_attention_backward(
@@ -1487,13 +1500,14 @@ def launch_attention_backward(
     v: Tensor,
     out: Tensor,
     logsumexp: Tensor,
+    rest: Tensor,
     *arguments: Any,
     blocks: BackwardBlocks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`oslo_fusion.ops.attention.attention_backward_reference`; ``blocks`` overrides the heuristic."""
     extras, options, wanted = split(arguments)
     if q.dtype == torch.float64:
-        return attention_backward_reference(dout, q, k, v, out, logsumexp, *arguments)
+        return attention_backward_reference(dout, q, k, v, out, logsumexp, rest, *arguments)
     _check(q, k, v, extras, options)
     table = extras.table if wanted else None
     dq, dk, dv = (new_like_tokens(x) for x in (q, k, v))
@@ -1512,7 +1526,7 @@ def launch_attention_backward(
         inputs = (setup.q, setup.k, setup.v, dout)
         state = (logsumexp, delta)
         if q.dtype != torch.float32:
-            _delta(setup, out, dout, logsumexp, delta)
+            _delta(setup, out, rest, dout, logsumexp, delta)
         else:
             _walk_keys(setup, dout, dq, None, state, cut, (0, 0), delta=True)
 
@@ -1553,16 +1567,18 @@ def launch_attention_backward(
     return dq, dk, dv, dtable
 
 
-def _delta(setup: _Setup, out: Tensor, dout: Tensor, logsumexp: Tensor, delta: Tensor) -> None:
-    """``Σ out · dout`` of each query."""
+def _delta(setup: _Setup, out: Tensor, rest: Tensor, dout: Tensor, logsumexp: Tensor, delta: Tensor) -> None:
+    """``Σ out · dout`` of each query, ``out`` with what was rounded away."""
+    if rest.numel() and rest.stride() != out.stride():
+        rest = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device).copy_(rest)
     dim, count = out.shape[-1], -(-setup.queries // 64)
     strides, unit = _in_units(out, dout)
     numbers = setup.numbers(count, logsumexp)
     _DELTA(
         (count * setup.heads * setup.batches,),
-        (out, dout, delta, setup.extras.q_offsets),
+        (out, rest if rest.numel() else None, dout, delta, setup.extras.q_offsets),
         (setup.heads, numbers[5], count, *numbers[-2:], *strides),
-        (dim, padded_dim(dim), unit, out.dim() == 3, 64),
+        (dim, padded_dim(dim), unit, out.dim() == 3, rest.numel() > 0, 64),
         4,
     )
 

@@ -235,9 +235,9 @@ def test_strides_of_all_kinds(device: torch.device) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         for g in (torch.ones((), device=device).expand(ours.shape), draw(2, 2, 16, 20).transpose(2, 3)):
             gradients = torch.autograd.grad(ours, leaves, g, retain_graph=True)
-            out, sums = op.attention_reference(*op.prepare(*dense, causal=True))
             arguments = op.prepare(*dense, causal=True)
-            expected = op.attention_backward_reference(g, *arguments[:3], out, sums, *arguments[3:], False)
+            found = op.attention_reference(*arguments)
+            expected = op.attention_backward_reference(g, *arguments[:3], *found, *arguments[3:], False)
             for a, b in zip(gradients, expected, strict=False):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -267,10 +267,30 @@ def test_lengths_on_a_gpu_never_lead_out_of_memory(device: torch.device) -> None
         with pytest.raises(ConfigError, match=r"cu_seqlens_q: received \[0, 4, 99, -3\]"):
             kernels.launch_attention(q, k, v, *extras, *options)
         return
-    out, _ = kernels.launch_attention(q, k, v, *extras, *options)
+    out, *_ = kernels.launch_attention(q, k, v, *extras, *options)
     fixed = torch.tensor([0, 4, 6], dtype=torch.int32, device=device)
-    expected, _ = kernels.launch_attention(q, k, v, *extras._replace(q_offsets=fixed, k_offsets=fixed), *options)
+    expected, *_ = kernels.launch_attention(q, k, v, *extras._replace(q_offsets=fixed, k_offsets=fixed), *options)
     assert torch.equal(out, expected)
+
+
+@pytest.mark.usefixtures("poisoned", "small")
+def test_what_is_rounded_away_makes_the_gradient_exact_where_keys_are_alike(device: torch.device) -> None:
+    """As in the last layers of T5's decoder, where ``dp`` and what is subtracted from it are nearly one number."""
+    draw = drawer(torch.float16, device)
+    q, dout = draw(1, 2, 48, 32), draw(1, 2, 48, 32) / 8 + draw(1, 2, 1, 32)
+    k, v = (draw(1, 2, 48, 32) / 2 + 3 * draw(1, 2, 1, 32) for _ in range(2))
+    assert op.prepare(q.clone().requires_grad_(), k, v)[-1], "a call with a gradient keeps it"
+    assert not op.prepare(q, k, v)[-1]
+    arguments = (*op.prepare(q, k, v, causal=True, scale=0.05)[:-1], True)
+    out, sums, rest = kernels.launch_attention(*arguments)
+    assert rest.dtype == out.dtype
+    wide = [x.detach().double() for x in (q, k, v)]
+    truth, *_ = op.attention_backward_reference(dout.double(), *wide, out, sums, rest, *arguments[3:], False)
+    errors = []
+    for kept in (rest, rest.new_empty(0)):
+        dq, *_ = kernels.launch_attention_backward(dout, *arguments[:3], out, sums, kept, *arguments[3:], False)
+        errors.append((dq.double() - truth).norm() / truth.norm())
+    assert errors[0] < errors[1] / 3, errors
 
 
 def test_launchers_check_first(device: torch.device) -> None:
@@ -279,7 +299,7 @@ def test_launchers_check_first(device: torch.device) -> None:
         kernels.launch_attention(*op.prepare(q, *(torch.zeros(1, 3, 5, 8, device=device),) * 2))
     arguments = op.prepare(q, q, q, dropout=-0.5)
     with pytest.raises(ConfigError, match=r"dropout: received -0\.5"):
-        kernels.launch_attention_backward(q, *arguments[:3], q, q[..., 0], *arguments[3:], False)
+        kernels.launch_attention_backward(q, *arguments[:3], q, q[..., 0], q.new_empty(0), *arguments[3:], False)
 
 
 def test_what_is_far() -> None:
