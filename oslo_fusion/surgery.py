@@ -27,6 +27,9 @@ REPORT = "_oslo_fusion_report"
 ATTRIBUTES = "_oslo_fusion_attributes"
 """Where an instance keeps the names of the attributes that were put on it."""
 
+INNER = "inner"
+"""The setting in which a :class:`Wrapping` keeps what it stands around."""
+
 _OURS = (SETTINGS, REPORT, ATTRIBUTES)
 
 _CLASSES: dict[str, type[nn.Module]] = {}
@@ -102,7 +105,14 @@ def apply(model: nn.Module, swaps: Iterable[Swap]) -> None:
 
 
 def put(module: nn.Module, change: Swap) -> None:
-    """Put an attribute on the instance, where Python finds it before the method of that name."""
+    """Put an attribute on the instance, where Python finds it before the method of that name.
+
+    A :class:`Wrapping` donor is put around one of ours that stands there.
+    """
+    standing = module.__dict__.get(change.attribute)
+    if isinstance(standing, Standing) and issubclass(change.donor, Wrapping):
+        module.__dict__[change.attribute] = change.donor(module, {**change.settings, INNER: standing})
+        return
     if change.attribute in module.__dict__:
         raise PlanError(
             f"{change.path or type(module).__name__}: has an attribute {change.attribute} of its own. Remedy: restore the "
@@ -147,6 +157,16 @@ class Standing:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._module(), self.settings)
+
+
+class Wrapping(Standing):
+    """One that stands on ``forward`` and may stand around another: :attr:`inner` is what it calls."""
+
+    @property
+    def inner(self) -> Any:
+        """The one that stood there before, or the method of the module's class."""
+        standing = self.settings.get(INNER)
+        return type(self.module).forward.__get__(self.module) if standing is None else standing
 
 
 def restore(model: nn.Module) -> None:

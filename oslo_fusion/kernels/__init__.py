@@ -7,6 +7,7 @@ from oslo_fusion.kernels.attention_sites import AttentionPass
 from oslo_fusion.kernels.glu_sites import GatedMLPPass
 from oslo_fusion.kernels.loss_sites import LossPass
 from oslo_fusion.kernels.norm_sites import NormPass
+from oslo_fusion.kernels.padding_sites import PaddingPass
 from oslo_fusion.kernels.rope_sites import RotaryPass
 
-__all__ = ["AttentionPass", "GatedMLPPass", "LossPass", "NormPass", "RotaryPass"]
+__all__ = ["AttentionPass", "GatedMLPPass", "LossPass", "NormPass", "PaddingPass", "RotaryPass"]

@@ -1,0 +1,388 @@
+"""Models that can be run without their padding: found by their interface, proven on a ragged batch.
+
+A site is the ``forward`` of a model of transformers, or of the part below its head. Which, and how the model numbers its tokens
+and shifts its labels, is not looked up: a copy that shares the parameters is run on small ragged batches, padded and packed, and
+outputs, loss and gradients must obey the law. So attention that does not keep packed texts apart is noticed, whatever the
+reason.
+
+- One output per token, labels too (language models, token classification): all of it is packed, head and loss as well.
+- One output per text (classification): the part below the head is packed, and a part of that which makes one vector of a text,
+  as BERT's pooler, is given padded tokens again.
+- A model without a head, and the encoder of an encoder-decoder: packed as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oslo_fusion import probe, surgery
+from oslo_fusion.config import FusionConfig
+from oslo_fusion.decide import HALF, placement, refuse
+from oslo_fusion.environment import Environment
+from oslo_fusion.kernels.deferred import FORWARD, REPLICATE, PlainReplica
+from oslo_fusion.kernels.loss_sites import KIND as LOSS
+from oslo_fusion.kernels.norm_sites import ROOM
+from oslo_fusion.kernels.padding import (
+    ATTENDED,
+    COLUMNS,
+    IGNORED,
+    NOWHERE,
+    TEXT,
+    Calls,
+    PaddedInput,
+    PaddingFreeForward,
+)
+from oslo_fusion.plan import NOTHING_TAKEN, Proposal, Site, Swap, Taken
+
+KIND = "padded batches"
+KEY = "padding_free"
+
+_BEFORE = "computes the padding"
+_TOKENS = "one packed sequence, head and loss too"
+_BODY = "one packed sequence below the head"
+_DRAWS = 2
+_LENGTHS = (23, 5, 9, 1, 14, 7)
+"""Of the proof's texts: 59 tokens are packed into 64 places, less than half of the padded batch."""
+
+_LARGE = 1 << 28
+_KEPT_LAYERS = 2
+
+
+class PaddingPass:
+    """Packs padded batches where ``padding_free`` asks for it.
+
+    It stands after all passes that put something on ``forward``, since it stands around that.
+    """
+
+    name = ROOM
+    kernels: tuple[str, ...] = ()
+
+    def propose(
+        self, model: nn.Module, config: FusionConfig, environment: Environment, taken: Taken = NOTHING_TAKEN
+    ) -> Iterator[Proposal]:
+        """Yield one proposal per model of transformers in ``model``, or a refusal if there is none."""
+        if not config.padding_free:
+            return
+        wish = Site(f"kernel_fusion.{KEY}", "configuration", "-")
+        if not config.enable:
+            yield Proposal(wish, ROOM, "-", "-", "off", "enable is false")
+            return
+        found = list(_models(model))
+        for path, module in found:
+            yield _propose(path, module, taken)
+        if not found:
+            reason = f"no part of this {type(model).__name__} is a model of transformers that takes an attention_mask"
+            yield refuse(ROOM, wish, "-", reason)
+
+
+def _models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost models of transformers that take tokens and a mask."""
+    if "transformers" not in sys.modules:
+        return  # then no module can be one of its models
+    from transformers import PreTrainedModel
+
+    found: list[str] = []
+    for path, module in model.named_modules():
+        inside = any(not outer or path.startswith(f"{outer}.") for outer in found)
+        if inside or not isinstance(module, PreTrainedModel) or not {"input_ids", "attention_mask"} <= _parameters(module):
+            continue
+        found.append(path)
+        yield path, module
+
+
+def _parameters(module: nn.Module) -> frozenset[str]:
+    try:
+        return frozenset(inspect.signature(type(module).forward).parameters)
+    except (TypeError, ValueError):
+        return frozenset()
+
+
+def _propose(path: str, module: nn.Module, taken: Taken) -> Proposal:
+    site, place = Site(_join(path, FORWARD), KIND, type(module).__name__), placement(module)
+    if place is None or place[0].type == "meta":
+        return refuse(ROOM, site, _BEFORE, "it has no memory yet (meta device)" if place else "it has no parameters")
+    if place[1] not in (torch.float32, *HALF):
+        return refuse(ROOM, site, _BEFORE, f"its parameters are {str(place[1]).removeprefix('torch.')}")
+    if FORWARD in module.__dict__:
+        return refuse(ROOM, site, _BEFORE, "its forward was replaced on the instance")
+    try:
+        with probe.preserved_random_state():
+            found = _find(path, module, taken)
+    except torch.OutOfMemoryError:
+        return refuse(ROOM, site, _BEFORE, "there is not enough free memory to try it")
+    except Exception as error:  # whatever a model of nobody's library does with random tokens
+        text = str(error).splitlines()
+        return refuse(ROOM, site, _BEFORE, f"it cannot be run on random tokens: {text[0] if text else type(error).__name__}")
+    if isinstance(found, str):
+        return refuse(ROOM, site, _BEFORE, found)
+    calls = Calls()
+    settings = {**found.settings, "calls": calls}
+    part = _join(path, found.part)
+    swaps = [Swap(part, PaddingFreeForward, settings, FORWARD)]
+    swaps += [Swap(_join(part, reducer), PaddedInput, {}, FORWARD) for reducer in found.reducers]
+    claimed = {(swap.path, swap.attribute) for proposal in taken.values() for swap in proposal.swaps}
+    swaps += [Swap(s.path, PlainReplica, {}, REPLICATE) for s in swaps if (s.path, REPLICATE) not in claimed]
+    site = Site(_join(part, FORWARD), KIND, type(module.get_submodule(found.part)).__name__)
+    claims = (f"{site.path} without padding",)
+    return Proposal(site, ROOM, _BEFORE, found.after, "fused", str(calls), claims, tuple(swaps), runtime=calls)
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+# --- proof -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """How a model can be packed: which part of it, what it is told, and which of its parts are given padded tokens."""
+
+    part: str
+    settings: Mapping[str, Any]
+    after: str
+    reducers: tuple[str, ...] = ()
+
+
+Arguments = dict[str, Tensor]
+
+
+def _find(path: str, module: nn.Module, taken: Taken) -> _Found | str:
+    """How this model can be packed, or why it can't."""
+    plain: Any = _short(probe.shadow(module).eval())
+    routed: Any = _short(probe.shadow(module).eval())
+    surgery.apply(routed, _earlier(path, routed, taken))
+    right, either = _batches(plain, left=False), _batches(plain, left=True)
+    shape = tuple(right[0]["attention_mask"].shape)
+    pair = "decoder_input_ids" in _parameters(module)
+    if pair:
+        _add_labels(right + either, plain.config.vocab_size, shape)
+    with torch.no_grad():
+        output = plain(**right[0])
+    whole = any(swap.attribute == FORWARD for proposal in taken.values() for swap in proposal.swaps if proposal.room != ROOM)
+    labelled = "labels" in _parameters(module)
+    logits, hidden = (getattr(output, name, None) for name in ("logits", "last_hidden_state"))
+    caches = getattr(output, "past_key_values", None) is not None
+    if pair:
+        part = next((name for name, x in plain.named_modules() if x is plain.get_encoder()), "")
+        if not part or not labelled:
+            return "an encoder-decoder without an encoder of its own, or without labels"
+        options = {"labels": False, "caches": False, "shifted": False, "empty": False}
+    elif isinstance(logits, Tensor) and labelled and logits.shape[:2] == shape and logits.dim() == 3:
+        part, options = "", {"labels": True, "caches": caches, "empty": True}
+        _add_labels(right + either, logits.shape[-1], shape)
+    elif isinstance(logits, Tensor) and labelled and logits.dim() == 2 and logits.shape[0] == shape[0]:
+        part = _below(plain)
+        if not part:
+            return "no part below its head takes tokens and a mask"
+        options = {"labels": False, "caches": caches, "shifted": False, "empty": False}
+        _add_labels(right + either, logits.shape[1], shape[:1])
+    elif isinstance(hidden, Tensor) and hidden.shape[:2] == shape:
+        part, options = "", {"labels": False, "caches": caches, "shifted": False, "empty": False}
+    else:
+        return "its output is neither one per token or text with labels for it, nor hidden states"
+    if whole and not options["labels"]:
+        return "scope: model compiles all of its forward; scope: layer goes with it"
+    site: Any = plain.get_submodule(part)
+    reducers = _reducers(plain, site, right[0])
+    proof = _Proof(plain, routed, part, reducers)
+    differences, found = [], None
+    for trial in _trials(plain, site, options):
+        difference = proof.difference(right, trial)
+        if difference is not None:
+            differences.append(difference)
+            continue
+        left = proof.difference(either, {**trial, "left": True}) is None
+        if left or found is None:  # padded on the right, columns and attended tokens have the same numbers
+            found = _Found(part, {**trial, "left": left}, _BODY if part else _TOKENS, reducers)
+        if left:
+            break
+    if found is None:
+        return f"computes something else, as where attention does not keep packed texts apart: {differences[0]}"
+    return found
+
+
+def _trials(model: Any, site: Any, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Settings in the order in which they are tried, the likely first."""
+    pad = getattr(model.config, "pad_token_id", None)
+    numbered = "position_ids" in _parameters(site)
+    rules = [COLUMNS, ATTENDED, *([TEXT] if isinstance(pad, int) else [])] if numbered else [NOWHERE]
+    can_generate: Any = getattr(model, "can_generate", None)
+    causal = bool(can_generate is not None and can_generate())
+    for shifted in (causal, not causal) if options["labels"] else (False,):
+        for rule in rules:
+            yield {**options, "shifted": shifted, "positions": rule, "pad": pad if isinstance(pad, int) else 0, "left": False}
+
+
+def _earlier(path: str, model: nn.Module, taken: Taken) -> Iterator[Swap]:
+    """What earlier passes do to parts of this model and a packed call relies on: attention that is told where texts begin."""
+    prefix = f"{path}." if path else ""
+    for proposal in {id(p): p for p in taken.values()}.values():
+        if proposal.room != ROOM or proposal.site.kind == LOSS:
+            continue
+        for swap in proposal.swaps:
+            inside = swap.path.removeprefix(prefix)
+            if swap.path.startswith(prefix) and _has(model, inside):
+                yield Swap(inside, swap.donor, swap.settings, swap.attribute)
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _short(model: nn.Module) -> nn.Module:
+    """The model; of a large one its first layers, because the truth is a copy in higher precision."""
+    if sum(p.numel() for p in model.parameters()) < _LARGE:
+        return model
+    for part in list(model.modules()):
+        if isinstance(part, nn.ModuleList) and len(part) > _KEPT_LAYERS and len({type(item) for item in part}) == 1:
+            del part[_KEPT_LAYERS:]
+    return model
+
+
+def _below(model: nn.Module) -> str:
+    """The path of the first part that takes tokens and a mask itself."""
+    for path, part in model.named_modules():
+        if path and {"input_ids", "attention_mask"} <= _parameters(part):
+            return path
+    return ""
+
+
+def _reducers(model: Any, site: Any, batch: Arguments) -> tuple[str, ...]:
+    """Children of a site that make something else of hidden states than one vector per token."""
+    shape, found, handles = tuple(batch["attention_mask"].shape), [], []
+
+    def hook(name: str) -> Any:
+        def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            took = bool(args) and isinstance(args[0], Tensor) and args[0].dim() == 3 and tuple(args[0].shape[:2]) == shape
+            if took and isinstance(output, Tensor) and tuple(output.shape[:2]) != shape:
+                found.append(name)
+
+        return look
+
+    for name, child in site.named_children():
+        handles.append(child.register_forward_hook(hook(name)))
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(found)
+
+
+def _batches(model: Any, left: bool) -> list[Arguments]:
+    """Ragged batches of random tokens, padded on the right, or on both sides."""
+    config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
+    pad, device = getattr(model.config, "pad_token_id", None), next(model.parameters()).device
+    pad = pad if isinstance(pad, int) and 0 <= pad < config.vocab_size else 0
+    batches = []
+    for draw in range(_DRAWS):
+        columns = torch.arange(max(_LENGTHS))
+        lengths = torch.tensor(_LENGTHS)[:, None]
+        # Texts on the left, in the middle and on the right: one that begins with padding never moves by a whole batch.
+        begins = (columns[-1] + 1 - lengths) * torch.tensor([0, 2, 1, 2, 0, 1])[:, None] // 2 if left else 0 * lengths
+        mask = ((columns >= begins) & (columns < begins + lengths)).long()
+        ids = torch.randint(0, config.vocab_size - 1, mask.shape)
+        ids += ids >= pad  # no text holds the padding token, by which some models number their tokens
+        ids = torch.where(mask.bool(), ids, pad).roll(draw, 0)
+        batches.append({"input_ids": ids.to(device), "attention_mask": mask.roll(draw, 0).to(device)})
+    return batches
+
+
+def _add_labels(batches: list[Arguments], classes: int, shape: tuple[int, ...]) -> None:
+    """Labels, one per token, some of which are ignored, or one per text."""
+    for batch in batches:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        if len(shape) == 1:
+            values = torch.randint(0, max(classes, 2), shape, device=ids.device)
+            batch["labels"] = values.float() if classes == 1 else values
+            continue
+        labels = torch.randint(0, classes, shape, device=ids.device)
+        # The first token after padding counts nowhere: where labels are shifted, it would be predicted from padding.
+        first = mask[:, 1:] > mask[:, :-1]
+        labels[:, 1:][first] = IGNORED
+        labels[(mask == 0) | (torch.rand(shape, device=ids.device) < 0.2)] = IGNORED
+        labels[mask.bool().cumsum(1) == 2] = 0  # each text of two tokens has a label
+        batch["labels"] = labels
+
+
+class _Proof:
+    """Padded and packed runs of one model on the same batches.
+
+    Args:
+        plain: a copy of the model as it is.
+        routed: one with what earlier passes did.
+        part, reducers: where the packed forward and the padded inputs stand.
+    """
+
+    def __init__(self, plain: nn.Module, routed: nn.Module, part: str, reducers: tuple[str, ...]) -> None:
+        self.plain, self.routed, self.part, self.reducers = plain, routed, part, reducers
+        dtype = next(p.dtype for p in plain.parameters() if p.is_floating_point())
+        higher = torch.float64 if dtype == torch.float32 else torch.float32
+        self.exact = copy.deepcopy(plain).to(higher)
+        self.known: dict[tuple[int, str], list[tuple[str, Tensor]]] = {}
+
+    def difference(self, batches: list[Arguments], settings: Mapping[str, Any]) -> str | None:
+        """What is not the same, None if all is."""
+        packed, calls = probe.shadow(self.routed), Calls()
+        surgery.apply(packed, self._swaps(settings, calls))
+        ours = [self._results(packed, batch) for batch in batches]
+        if calls.left:
+            return f"the proof's batch was not packed: {next(iter(calls.left))}"
+        theirs, truth = ([self._once(model, batch) for batch in batches] for model in (self.plain, self.exact))
+        names = [[name for name, _ in run] for run in (ours[0], theirs[0])]
+        if names[0] != names[1]:
+            return f"other outputs or gradients: {', '.join(sorted(set(names[0]) ^ set(names[1])))}"
+        for column, name in enumerate(names[0]):
+            triple = [torch.cat([run[column][1].flatten() for run in runs]) for runs in (ours, theirs, truth)]
+            comparison = probe.compare(triple[0], triple[1], triple[2], "l2")
+            if not comparison.same:
+                return f"{name}: {comparison}"
+        return None
+
+    def _swaps(self, settings: Mapping[str, Any], calls: Calls) -> Iterator[Swap]:
+        yield Swap(self.part, PaddingFreeForward, {**settings, "calls": calls}, FORWARD)
+        for reducer in self.reducers:
+            yield Swap(_join(self.part, reducer), PaddedInput, {}, FORWARD)
+
+    def _once(self, model: nn.Module, batch: Arguments) -> list[tuple[str, Tensor]]:
+        key = (id(batch), "exact" if model is self.exact else "plain")
+        if key not in self.known:
+            self.known[key] = self._results(model, batch)
+        return self.known[key]
+
+    def _results(self, model: Any, batch: Arguments) -> list[tuple[str, Tensor]]:
+        """Outputs where there is text, and gradients."""
+        mask = batch["attention_mask"].bool()
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
+        with torch.enable_grad():
+            output = model(**batch)
+            values: list[tuple[str, Tensor]] = []
+            for name, value in output.items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    values.append((name, value[mask] if value.shape[:2] == mask.shape else value))
+            score = output["loss"] if output.get("loss") is not None else self._score(values)
+            if parameters and score.requires_grad:
+                found = torch.autograd.grad(score, list(parameters.values()), allow_unused=True)
+                values += [
+                    (f"gradient of {name}", gradient) for name, gradient in zip(parameters, found, strict=True) if gradient is not None
+                ]
+        return [(name, value.detach()) for name, value in values]
+
+    def _score(self, values: list[tuple[str, Tensor]]) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        terms = [(v * torch.randn(v.shape, generator=generator).to(v.device, v.dtype)).sum() for _, v in values]
+        return torch.stack(terms).sum()
