@@ -36,8 +36,8 @@ IGNORED = -100
 """The label that transformers' losses leave out."""
 
 ATTENDED, COLUMNS, TEXT, NOWHERE = "attended", "columns", "text", ""
-"""How a model numbers the tokens of a row where it is given no ``position_ids``: attended ones, columns of the batch, tokens that
-are not the padding token (from one after its number on, as RoBERTa does), or not at all."""
+"""How a model numbers the tokens of a row where it is given no ``position_ids``: attended ones, columns of the batch, tokens
+that are not the padding token (from one after its number on, as RoBERTa does), or not at all."""
 
 _FINEST, _COARSEST, _SHARE = 64, 512, 64
 _LONGEST = 512
@@ -53,8 +53,9 @@ _WITHOUT_CACHE = ("use_cache", "output_attentions", "logits_to_keep")
 def bucket(tokens: int) -> int:
     """The packed length for this many tokens: at least one more, and at most 64 different ones for each doubling.
 
-    Steps of 64, and from 8192 tokens on of a 64th of the power of two below: at most 1.6 % of the work is for nothing, half of it on average.
-    From 65536 on they stay at 512, because the rest is a text of its own, and attention grows with the square of a length.
+    Steps are a 64th of the power of two below, so from 4096 tokens on at most 1.6 % of the work is for nothing, and half of that
+    on average. They are no finer than 64, a tile of a matmul, and no coarser than 512, because the rest is a text of its own, and
+    attention grows with the square of a length.
     """
     step = min(_COARSEST, max(_FINEST, (1 << (tokens.bit_length() - 1)) // _SHARE))
     return (tokens // step + 1) * step
@@ -135,7 +136,7 @@ class Packing:
         return x.flatten(0, 1).index_select(0, self.source).unsqueeze(0)
 
     def packed_labels(self, labels: Tensor, shifted: bool) -> Tensor:
-        """Labels, of which the rest's are ignored; where they are shifted, each is still behind the token that it belongs to."""
+        """Labels, of which the rest's are ignored. Where they are shifted, each still follows the token it belongs to."""
         if shifted:
             labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         found = self.packed(labels.contiguous())
@@ -145,7 +146,8 @@ class Packing:
     def padded(self, x: Tensor) -> Tensor:
         """``[1, packed, ...]`` → ``[rows, columns, ...]``, zeros at padding."""
         out = x.new_zeros((self.shape[0] * self.shape[1], *x.shape[2:]))
-        return out.index_copy_(0, self.source[: self.tokens], x[0, : self.tokens]).unflatten(0, self.shape)
+        filled: Tensor = out.index_copy_(0, self.source[: self.tokens], x[0, : self.tokens]).unflatten(0, self.shape)
+        return filled
 
     def padded_everywhere(self, output: Any) -> Any:
         """What a model returned, with every tensor of packed tokens padded again."""
@@ -193,12 +195,9 @@ class Calls:
 
     def refusals(self) -> tuple[Proposal, ...]:
         """A row per reason for which calls were not packed."""
-        return tuple(
-            Proposal(
-                Site("some calls", "not packed", "-"), ROOM, "padded", "padded", "refused", f"{reason} ({_count(number, 'call')})"
-            )
-            for reason, number in self.left.items()
-        )
+        site = Site("some calls", "not packed", "-")
+        reasons = [f"{reason} ({_count(number, 'call')})" for reason, number in self.left.items()]
+        return tuple(Proposal(site, ROOM, "padded", "padded", "refused", reason) for reason in reasons)
 
     def __str__(self) -> str:
         if not self.packed:
@@ -233,7 +232,7 @@ def _packed(packing: Packing) -> Iterator[None]:
 
 
 class PaddingFreeForward(Wrapping):
-    """Stands on a model as ``forward``: packs a padded batch, runs what stood there before on it, and gives padded outputs back.
+    """Stands on a model as ``forward``: packs a padded batch, runs what stood there before on it, and pads the outputs.
 
     What it can't pack runs as it was, and the report says why. Settings: how the model numbers tokens (``positions`` and the
     padding token ``pad``); ``labels``: whether they are one per token, and ``shifted``, that each belongs to the token before
@@ -296,11 +295,13 @@ class PaddingFreeForward(Wrapping):
             if name in _WITHOUT_CACHE and isinstance(value, (bool, int)) and not value:
                 continue
             return f"the argument {name}"
-        for name in ("token_type_ids", "position_ids"):
-            value = given.get(name)
-            if value is not None and value.shape != mask.shape and (name == "token_type_ids" or value.shape[-1:] != mask.shape[1:]):
-                return f"{name} of shape {list(value.shape)} for a mask of shape {list(mask.shape)}"
-        if settings["caches"] and given.get("use_cache") is None and given.get("labels") is None and not torch.is_grad_enabled():
+        types, positions = given.get("token_type_ids"), given.get("position_ids")
+        if types is not None and types.shape != mask.shape:
+            return f"token_type_ids of shape {list(types.shape)} for a mask of shape {list(mask.shape)}"
+        if positions is not None and positions.shape not in (mask.shape, (1, mask.shape[1]), mask.shape[1:]):
+            return f"position_ids of shape {list(positions.shape)} for a mask of shape {list(mask.shape)}"
+        silent = given.get("use_cache") is None and given.get("labels") is None
+        if settings["caches"] and silent and not torch.is_grad_enabled():
             return "a key/value cache is returned; use_cache=False if it is not wanted"
         return None
 
@@ -372,7 +373,7 @@ class PaddingFreeForward(Wrapping):
 
 
 class PaddedInput(Wrapping):
-    """Stands on a part that makes one vector of a text, such as BERT's pooler: in a packed call it is given the padded tokens."""
+    """Stands on a part that makes one vector of a text, such as BERT's pooler: a packed call gives it padded tokens."""
 
     def __call__(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         packing = None if torch.compiler.is_compiling() else current_packing()
