@@ -315,14 +315,14 @@ class PaddingFreeForward(Wrapping):
     def _unfit(self, batch: Batch) -> str | None:
         """Why a batch is not packed."""
         size = batch.counts.shape[0]
+        if not batch.tokens or (batch.texts < batch.rows and not self.settings["empty"]):
+            return "a row without a token"
         if batch.tokens == size:
             return "a mask without padding"
         if bucket(batch.tokens) >= size:
             return "next to no padding"
         if batch.stray:
             return "a label that counts is predicted at padding; label it -100"
-        if not batch.tokens or (batch.texts < batch.rows and not self.settings["empty"]):
-            return "a row without a token"
         if batch.pieces > batch.texts:
             return "padding inside of a row, between tokens"
         if batch.begins != batch.texts and not self.settings["left"]:
