@@ -96,12 +96,14 @@ class Swap:
     Without ``attribute`` the module gets ``donor`` in front of its class, with ``settings``. With it the module instance gets
     that attribute, which is ``donor(module, settings)``: the way in for a method of a ``PreTrainedModel``, whose class is left
     alone because transformers keys its output recorders by it. Such a donor is a picklable class that holds its module weakly.
+    With ``replaces`` the instance has such an attribute, which the donor may look at, and gets it back when it is restored.
     """
 
     path: str
     donor: type[Any]
     settings: Settings
     attribute: str = ""
+    replaces: bool = False
 
 
 class Runtime(Protocol):

@@ -30,7 +30,10 @@ ATTRIBUTES = "_oslo_fusion_attributes"
 INNER = "inner"
 """The setting in which a :class:`Wrapping` keeps what it stands around."""
 
-_OURS = (SETTINGS, REPORT, ATTRIBUTES)
+REPLACED = "_oslo_fusion_replaced"
+"""Where it keeps what some of them took the place of, by name."""
+
+_OURS = (SETTINGS, REPORT, ATTRIBUTES, REPLACED)
 
 _CLASSES: dict[str, type[nn.Module]] = {}
 
@@ -105,21 +108,27 @@ def apply(model: nn.Module, swaps: Iterable[Swap]) -> None:
 
 
 def put(module: nn.Module, change: Swap) -> None:
-    """Put an attribute on the instance, where Python finds it before the method of that name.
+    """Put an attribute on the instance, where Python finds it before the method of that name, or in place of its own.
 
     A :class:`Wrapping` donor is put around one of ours that stands there.
     """
-    standing = module.__dict__.get(change.attribute)
+    name, where = change.attribute, change.path or type(module).__name__
+    standing = module.__dict__.get(name)
     if isinstance(standing, Standing) and issubclass(change.donor, Wrapping):
-        module.__dict__[change.attribute] = change.donor(module, {**change.settings, INNER: standing})
+        module.__dict__[name] = change.donor(module, {**change.settings, INNER: standing})
         return
-    if change.attribute in module.__dict__:
-        raise PlanError(
-            f"{change.path or type(module).__name__}: has an attribute {change.attribute} of its own. Remedy: restore the "
-            "model first, or undo that patch."
-        )
-    module.__dict__[change.attribute] = change.donor(module, change.settings)
-    module.__dict__[ATTRIBUTES] = (*module.__dict__.get(ATTRIBUTES, ()), change.attribute)
+    if name in module.__dict__.get(ATTRIBUTES, ()):
+        raise PlanError(f"{where}: its {name} was put there by a plan. Remedy: restore the model first.")
+    if change.replaces and name not in module.__dict__:
+        raise PlanError(f"{where}: has no attribute {name} to replace. Remedy: plan and apply on the same model.")
+    if not change.replaces and name in module.__dict__:
+        raise PlanError(f"{where}: has an attribute {name} of its own. Remedy: restore the model first, or undo that patch.")
+    given = change.donor(module, change.settings)
+    if change.replaces:
+        # A dictionary of its own for every change, as a snapshot holds the earlier one.
+        module.__dict__[REPLACED] = {**module.__dict__.get(REPLACED, {}), name: module.__dict__[name]}
+    module.__dict__[name] = given
+    module.__dict__[ATTRIBUTES] = (*module.__dict__.get(ATTRIBUTES, ()), name)
 
 
 class Standing:
@@ -170,7 +179,7 @@ class Wrapping(Standing):
 
 
 def restore(model: nn.Module) -> None:
-    """Give every swapped module its own class back and forget the report.
+    """Give every swapped module its own class and attributes back and forget the report.
 
     Raises:
         PlanError: a module's class was changed again after ``initialize``, by FSDP say; nothing is changed then.
@@ -185,8 +194,7 @@ def restore(model: nn.Module) -> None:
     for module in modules:
         if is_fused(module):
             module.__class__ = type(module).__bases__[1]
-        for name in (*module.__dict__.get(ATTRIBUTES, ()), *_OURS):
-            module.__dict__.pop(name, None)
+        _strip(module)
 
 
 def attach(model: nn.Module, report: object) -> None:
@@ -233,10 +241,17 @@ def _names(module: nn.Module) -> tuple[str, ...]:
     return tuple(n for n in (*module.__dict__.get(ATTRIBUTES, ()), *_OURS) if n in module.__dict__)
 
 
+def _strip(module: nn.Module) -> None:
+    """Take what is ours off the instance, and give it what that took the place of."""
+    replaced = module.__dict__.get(REPLACED, {})
+    for name in _names(module):
+        del module.__dict__[name]
+    module.__dict__.update(replaced)
+
+
 def _put_back(saved: _Saved) -> None:
     for module, cls, attributes in saved:
         if type(module) is not cls:
             module.__class__ = cls
-        for name in _names(module):
-            del module.__dict__[name]
+        _strip(module)
         module.__dict__.update(attributes)

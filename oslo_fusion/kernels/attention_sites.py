@@ -32,6 +32,7 @@ from oslo_fusion import probe, surgery
 from oslo_fusion.config import FusionConfig
 from oslo_fusion.decide import HALF, Scope, Verdict, decide, dtypes_to_decide, mode_settings, propose, random, refuse
 from oslo_fusion.environment import Environment
+from oslo_fusion.kernels.attention_routes import is_padding_free, propose_routes
 from oslo_fusion.kernels.norm_sites import ROOM
 from oslo_fusion.ops.attention import NAME, attention
 from oslo_fusion.ops.kernels import choices, missing
@@ -182,7 +183,8 @@ def _part(cache: Any, cross: bool) -> Any:
 
 
 class AttentionPass:
-    """Computes T5's attention without its scores in memory, where ``custom_cuda_kernels`` asks for it."""
+    """Computes T5's attention without its scores in memory, and any other's by its fastest backend, where
+    ``custom_cuda_kernels`` asks for it."""
 
     name = ROOM
     kernels: tuple[str, ...] = (KERNEL,)
@@ -190,13 +192,17 @@ class AttentionPass:
     def propose(
         self, model: nn.Module, config: FusionConfig, environment: Environment, taken: Taken = NOTHING_TAKEN
     ) -> Iterator[Proposal]:
-        """Yield one proposal per attention module, all fused or none, and a refusal if the name was given and there is none."""
-        everything = "all" in config.custom_cuda_kernels
-        if not everything and KERNEL not in config.custom_cuda_kernels:
+        """Yield one proposal per attention module, T5's all fused or none, and a refusal if it was named and there is none.
+
+        ``padding_free`` asks for them too: packed sequences take this way.
+        """
+        everything, named = "all" in config.custom_cuda_kernels, KERNEL in config.custom_cuda_kernels
+        if not everything and not named and not is_padding_free(config):
             return
         wish = Site(f"kernel_fusion.custom_cuda_kernels: {KERNEL}", "configuration", "-")
         if not config.enable:
-            yield Proposal(wish, ROOM, "-", "-", "off", "enable is false")
+            if everything or named:
+                yield Proposal(wish, ROOM, "-", "-", "off", "enable is false")
             return
         scope = Scope(config, environment)
         found: list[tuple[str, Any]] = [(path, module) for path, module in model.named_modules() if is_site(module)]
@@ -208,8 +214,10 @@ class AttentionPass:
                 reason = f"the layers hand their bias on, and {odd[_use(module)].site.path} is not fused"
                 row = refuse(ROOM, row.site, _BEFORE, reason)
             yield row
-        if not found and not everything:
-            reason = f"no part of this {type(model).__name__} is attention with a relative-position bias as T5 has it"
+        routed = list(propose_routes(model, scope, taken, {path for path, _ in found}))
+        yield from routed
+        if not found and not routed and named:
+            reason = f"no part of this {type(model).__name__} calls its attention through transformers' interface"
             yield refuse(ROOM, wish, "-", reason)
 
 

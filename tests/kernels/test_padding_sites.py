@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,7 @@ def packed_attention(
         return sdpa_attention_forward(module, q, k, v, attention_mask, **kwargs)
     bias, ends, outs = kwargs.get("position_bias"), cu_seq_lens_q.tolist(), []
     causal = getattr(module, "is_causal", True)
-    for begin, end in zip(ends, ends[1:], strict=False):
+    for begin, end in itertools.pairwise(ends):
         if begin < end:
             assert end - begin <= kwargs["max_length_q"]
             text = slice(begin, end)
