@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from oslo_fusion.aot.masks import simplify_masks
 from oslo_fusion.aot.record import Break, Graph, Record
 from oslo_fusion.config import MemoryEfficientFusion
 from oslo_fusion.errors import ConfigError, OsloFusionError
@@ -107,6 +108,7 @@ class Backend:
         from torch._functorch import config as functorch_config
         from torch._inductor.compile_fx import compile_fx
 
+        simplify_masks(graph)
         written = _describe(graph, program)
         inner: dict[str, Any] = {"inner_compile": _as_it_is} if self.compiler == "eager" else {}
         patches = dict(self._patches)
