@@ -19,7 +19,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -233,7 +233,7 @@ def _earlier(path: str, model: nn.Module, taken: Taken) -> Iterator[Swap]:
         for swap in proposal.swaps:
             inside = swap.path.removeprefix(prefix)
             if swap.path.startswith(prefix) and _has(model, inside):
-                yield Swap(inside, swap.donor, swap.settings, swap.attribute)
+                yield replace(swap, path=inside)
 
 
 def _has(model: nn.Module, path: str) -> bool:

@@ -25,6 +25,7 @@ from oslo_fusion import surgery
 from oslo_fusion.aot import room as aot_room
 from oslo_fusion.kernels import loss_sites
 from oslo_fusion.kernels.padding import IGNORED, Calls, PaddingFreeForward, bucket, measure, pack
+from oslo_fusion.kernels.padding_sites import KIND
 from oslo_fusion.plan import Proposal
 from oslo_fusion.testing import assert_close_to_reference
 
@@ -49,8 +50,14 @@ T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "d
 DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48}
 OPT = {"word_embed_proj_dim": 32, "ffn_dim": 48}
 
-MASKED = {"BertForMaskedLM": {}, "RobertaForMaskedLM": ROBERTA, "ModernBertForMaskedLM": {"global_attn_every_n_layers": 1}}
-CAUSAL = {"GPT2LMHeadModel": GPT2, "LlamaForCausalLM": {}, "Qwen2ForCausalLM": {}, "OPTForCausalLM": OPT}
+MASKED = {"BertForMaskedLM": {}, "RobertaForMaskedLM": ROBERTA, "ModernBertForMaskedLM": {"local_attention": 12}}
+CAUSAL = {
+    "GPT2LMHeadModel": GPT2,
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {"sliding_window": 6},
+    "Qwen2ForCausalLM": {},
+    "OPTForCausalLM": OPT,
+}
 TAGGING = {"BertForTokenClassification": {"num_labels": 5}}
 CLASSES = {
     "BertForSequenceClassification": {"num_labels": 3},
@@ -60,6 +67,7 @@ CLASSES = {
 }
 BARE = {"BertModel": {}, "T5EncoderModel": T5}
 PAIRS = {"T5ForConditionalGeneration": T5}
+T5S = ("T5EncoderModel", "T5ForConditionalGeneration")
 MODELS: dict[str, dict[str, Any]] = {**MASKED, **CAUSAL, **TAGGING, **CLASSES, **BARE, **PAIRS}
 
 RIGHT = (30, 7, 18, 1)
@@ -105,7 +113,7 @@ def make(name: str, **changes: Any) -> Any:
         for attribute in ("dropout", "attention_dropout", "activation_dropout", "dropout_rate"):
             if isinstance(getattr(part, attribute, None), float):
                 setattr(part, attribute, 0.0)
-        if hasattr(part, "config"):
+        if name in T5S and hasattr(part, "config"):
             part.config._attn_implementation = STAND_IN
     return model.train()
 
@@ -132,7 +140,7 @@ def batch(model: Any, lengths: tuple[int, ...] = RIGHT, side: str = "right", see
 
 def fuse(model: Any, **more: Any) -> Any:
     fused = oslo_fusion.initialize(model, {"kernel_fusion": {**WISH["kernel_fusion"], **more}})
-    assert [row.outcome for row in oslo_fusion.plan(model, WISH).proposals if row.site.kind == "padded batches"] == ["fused"]
+    assert [row.outcome for row in oslo_fusion.report(fused).plan.proposals if row.site.kind == KIND] == ["fused"]
     return fused
 
 
@@ -260,7 +268,7 @@ def test_what_is_not_packed_runs_as_it_was_and_is_said() -> None:
         assert model.eval()(input_ids=ids, attention_mask=mask).past_key_values is not None
         assert model(input_ids=ids, attention_mask=mask, use_cache=False).logits.shape == (4, 30, 131)
     assert calls(model).packed == 1
-    reasons = [row.reason for row in oslo_fusion.report(model).rows if row.site.kind == "padded batches"]
+    reasons = [row.reason for row in oslo_fusion.report(model).rows if row.site.kind == KIND]
     assert reasons == ["1 call packed: 56 tokens in 64 places, 53% of the padded batch"]
 
 
@@ -339,22 +347,21 @@ def test_a_packing_and_its_inverse() -> None:
     assert set(packing.packed_labels(x, False)[0, 5:].tolist()) == {IGNORED}
 
 
-@pytest.mark.parametrize("name", ["MambaForCausalLM", "BertForQuestionAnswering", "BertForMaskedLM"])
-def test_refusals_say_why(name: str) -> None:
-    """A model whose attention is not told where texts begin, one whose loss sees padding, and one without attention."""
-    MODELS.setdefault(name, {"state_size": 4} if name.startswith("Mamba") else {})
-    model = make(name)
-    for part in model.modules():
-        if hasattr(part, "config"):
-            part.config._attn_implementation = "sdpa"
-    rows = [row for row in oslo_fusion.plan(model, WISH).proposals if row.site.kind == "padded batches"]
-    assert [row.outcome for row in rows] == ["refused"] or name == "BertForMaskedLM"
-    expected = {
-        "MambaForCausalLM": "cannot be run",
-        "BertForQuestionAnswering": "its output is neither one per token",
-        "BertForMaskedLM": "",
-    }
-    assert expected[name] in rows[0].reason
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("MambaForCausalLM", {"state_size": 4}, "cannot be run on random tokens"),
+        ("BertForQuestionAnswering", {}, "its output is neither one per token or text"),
+        ("BertForMaskedLM", {"attn_implementation": "eager"}, "attention does not keep packed texts apart"),
+        ("BartForConditionalGeneration", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}, "computes something else"),
+    ],
+)
+def test_refusals_say_why(name: str, changes: dict[str, Any], reason: str) -> None:
+    """No attention; a loss that sees padding; attention that is not told where texts begin; positions that nobody can give."""
+    config = getattr(transformers, f"{name.split('For')[0]}Config")(**{**SMALL, **changes})
+    (row,) = [row for row in oslo_fusion.plan(getattr(transformers, name)(config), WISH).proposals if row.site.kind == KIND]
+    assert row.outcome == "refused"
+    assert reason in row.reason
 
 
 def test_without_a_model_of_transformers_or_switched_off() -> None:
@@ -443,8 +450,6 @@ def test_compiled_code_meets_few_shapes(scope: str, monkeypatch: pytest.MonkeyPa
     torch._dynamo.reset()
     model = make("BertForMaskedLM")
     twin = copy.deepcopy(model)
-    # A stand-in's loop over texts is nothing to compile.
-    AttentionInterface.register(STAND_IN, torch._dynamo.disable(packed_attention))
     fuse(model, memory_efficient_fusion={"scope": scope})
     for number, lengths in enumerate([(30, 7, 18, 1), (40, 9, 40, 3), (64, 30, 30, 9), (50, 4, 9), (60, 9, 20), (64, 2, 2, 2)]):
         given = batch(model, lengths, seed=number)
@@ -463,7 +468,7 @@ def test_compiled_code_meets_few_shapes(scope: str, monkeypatch: pytest.MonkeyPa
 def test_classification_is_not_packed_under_scope_model() -> None:
     model = make("BertForSequenceClassification")
     config = {"kernel_fusion": {**WISH["kernel_fusion"], "memory_efficient_fusion": {"scope": "model"}}}
-    (row,) = [row for row in oslo_fusion.plan(model, config).proposals if row.site.kind == "padded batches"]
+    (row,) = [row for row in oslo_fusion.plan(model, config).proposals if row.site.kind == KIND]
     assert row.outcome == "refused"
     assert "scope: layer" in row.reason
 
@@ -551,7 +556,7 @@ def test_what_stands_there_is_a_chain() -> None:
     assert standing.inner == type(model).forward.__get__(model)
     replica = model._replicate_for_data_parallel()
     assert "forward" not in replica.__dict__
-    with pytest.raises(oslo_fusion.PlanError, match="attribute forward"):
+    with pytest.raises(oslo_fusion.PlanError, match="its forward was put there"):
         surgery.put(model, surgery.Swap("", PaddingFreeForwardTwice, {}, "forward"))
 
 
