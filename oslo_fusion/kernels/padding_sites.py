@@ -54,7 +54,8 @@ _DRAWS, _ATTEMPTS, _NEAR = 2, 3, 4.0
 _LENGTHS = (23, 5, 9, 1, 14, 7)
 """Of the proof's texts: 59 tokens are packed into 64 places, less than half of the padded batch."""
 
-_LARGE = 1 << 28
+_ATTENTION = "attention"  # in the kind of a site whose module is told, in a packed call, where texts begin
+_LARGE = 1 << 28  # parameters
 _KEPT_LAYERS = 2
 LOSS_NAME = "loss"
 
@@ -164,7 +165,10 @@ def _find(path: str, module: nn.Module, taken: Taken) -> _Found | str:
     """How this model can be packed, or why it can't."""
     plain: Any = _short(probe.shadow(module).eval())
     routed: Any = _short(probe.shadow(module).eval())
-    surgery.apply(routed, _earlier(path, routed, taken))
+    surgery.apply(routed, (swap for swap, _ in _earlier(path, routed, taken)))
+    odd = _odd_layer(module, [swap for swap, kind in _earlier(path, module, taken) if _ATTENTION in kind])
+    if odd:
+        return f"its attention is not done as in the first layers: {_join(path, odd)}"
     sample, whole_labels = _batches(plain, left=False)[0], "labels" in _parameters(module)
     shape = tuple(sample["attention_mask"].shape)
     pair = "decoder_input_ids" in _parameters(module)
@@ -224,8 +228,8 @@ def _trials(model: Any, site: Any, options: Mapping[str, Any]) -> Iterator[dict[
             yield {**options, "shifted": shifted, "positions": rule, "pad": pad if isinstance(pad, int) else 0, "left": False}
 
 
-def _earlier(path: str, model: nn.Module, taken: Taken) -> Iterator[Swap]:
-    """What earlier passes do to parts of this model and a packed call relies on: attention that is told where texts begin."""
+def _earlier(path: str, model: nn.Module, taken: Taken) -> Iterator[tuple[Swap, str]]:
+    """What earlier passes do to parts of this model, attention that is told where texts begin above all, and its kind."""
     prefix = f"{path}." if path else ""
     for proposal in {id(p): p for p in taken.values()}.values():
         if proposal.room != ROOM or proposal.site.kind == LOSS:
@@ -233,7 +237,26 @@ def _earlier(path: str, model: nn.Module, taken: Taken) -> Iterator[Swap]:
         for swap in proposal.swaps:
             inside = swap.path.removeprefix(prefix)
             if swap.path.startswith(prefix) and _has(model, inside):
-                yield replace(swap, path=inside)
+                yield replace(swap, path=inside), proposal.site.kind
+
+
+def _odd_layer(model: nn.Module, swaps: list[Swap]) -> str:
+    """The path of a layer whose attention gets something else than the first layers', which are all that a proof may run."""
+    for path, layers in _lists(model):
+        given: list[set[tuple[str, type[Any]]]] = []
+        for name, _ in layers.named_children():
+            prefix = f"{_join(path, name)}."
+            given.append({(s.path.removeprefix(prefix), s.donor) for s in swaps if s.path.startswith(prefix)})
+        for number, changes in enumerate(given):
+            if changes not in given[:_KEPT_LAYERS]:
+                return f"{path}.{number}"
+    return ""
+
+
+def _lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """Lists of more layers of one class than a proof of a large model keeps."""
+    found = [(path, part) for path, part in model.named_modules() if isinstance(part, nn.ModuleList)]
+    return [(path, part) for path, part in found if len(part) > _KEPT_LAYERS and len({type(item) for item in part}) == 1]
 
 
 def _has(model: nn.Module, path: str) -> bool:
@@ -248,9 +271,8 @@ def _short(model: nn.Module) -> nn.Module:
     """The model; of a large one its first layers, because the truth is a copy in higher precision."""
     if sum(p.numel() for p in model.parameters()) < _LARGE:
         return model
-    for part in list(model.modules()):
-        if isinstance(part, nn.ModuleList) and len(part) > _KEPT_LAYERS and len({type(item) for item in part}) == 1:
-            del part[_KEPT_LAYERS:]
+    for _, layers in _lists(model):
+        del layers[_KEPT_LAYERS:]
     return model
 
 

@@ -23,7 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 import oslo_fusion
 from oslo_fusion import surgery
 from oslo_fusion.aot import room as aot_room
-from oslo_fusion.kernels import loss_sites
+from oslo_fusion.kernels import loss_sites, padding_sites
 from oslo_fusion.kernels.padding import IGNORED, Calls, PaddingFreeForward, bucket, measure, pack
 from oslo_fusion.kernels.padding_sites import KIND
 from oslo_fusion.plan import Proposal
@@ -362,6 +362,18 @@ def test_refusals_say_why(name: str, changes: dict[str, Any], reason: str) -> No
     (row,) = [row for row in oslo_fusion.plan(getattr(transformers, name)(config), WISH).proposals if row.site.kind == KIND]
     assert row.outcome == "refused"
     assert reason in row.reason
+
+
+def test_large_models_are_proven_by_their_first_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And refused where the attention of a later one is not done as theirs."""
+    monkeypatch.setattr(padding_sites, "_LARGE", 1)
+    model = make("LlamaForCausalLM", num_hidden_layers=4)
+    fuse(model)
+    oslo_fusion.restore(model)
+    attention = model.model.layers[3].self_attn
+    attention.forward = attention.forward
+    (row,) = [row for row in oslo_fusion.plan(model, WISH).proposals if row.site.kind == KIND]
+    assert (row.outcome, row.reason) == ("refused", "its attention is not done as in the first layers: model.layers.3")
 
 
 def test_without_a_model_of_transformers_or_switched_off() -> None:
