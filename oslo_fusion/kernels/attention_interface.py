@@ -20,14 +20,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from oslo_fusion.errors import ConfigError
-from oslo_fusion.kernels.attention_routing import INTERFACE, ROUTING, SDPA, Observer
+from oslo_fusion.kernels.attention_routing import INTERFACE, OFFSETS, ROUTING, SDPA, Observer, packed_arguments
 from oslo_fusion.ops import attention_backends as backends
 from oslo_fusion.ops.kernels import is_plain
-
-OFFSETS = "cu_seq_lens_q"
-"""The argument that tells a packed call."""
-
-_PACKED = (OFFSETS, "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def routed_attention_forward(
@@ -159,21 +154,6 @@ def _cast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return q, k, v
     dtype = torch.get_autocast_dtype(kind)
     return q.to(dtype), k.to(dtype), v.to(dtype)
-
-
-def packed_arguments(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, int, int]:
-    """The four arguments of a packed call.
-
-    Raises:
-        ConfigError: one of them is missing.
-    """
-    for name in _PACKED:
-        if kwargs.get(name) is None:
-            raise ConfigError(
-                f"packed attention: {name}: received None, beside {OFFSETS}. Allowed: all of {', '.join(_PACKED)}. Remedy: "
-                "cumulative lengths as int32 tensors, the longest sequences as numbers."
-            )
-    return kwargs[OFFSETS], kwargs["cu_seq_lens_k"], kwargs["max_length_q"], kwargs["max_length_k"]
 
 
 def _packed(

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oslo_fusion.errors import ConfigError
 from oslo_fusion.plan import Proposal, Settings, Site
 
 INTERFACE = "oslo_fusion"
@@ -27,6 +28,11 @@ INTERFACE = "oslo_fusion"
 
 SDPA = "sdpa"
 """transformers' function of this name: what runs unless something else was planned."""
+
+OFFSETS = "cu_seq_lens_q"
+"""The argument that tells a packed call."""
+
+_PACKED = (OFFSETS, "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 ROUTING = "_oslo_fusion_routing"
 _REAL = "_oslo_fusion_config"
@@ -169,3 +175,18 @@ def _view(config: Any, routing: object) -> RoutedConfig:
     view = RoutedConfig.__new__(RoutedConfig)
     view._look_at(config, routing)
     return view
+
+
+def packed_arguments(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, int, int]:
+    """The four arguments of a packed call.
+
+    Raises:
+        ConfigError: one of them is missing.
+    """
+    for name in _PACKED:
+        if kwargs.get(name) is None:
+            raise ConfigError(
+                f"packed attention: {name}: received None, beside {OFFSETS}. Allowed: all of {', '.join(_PACKED)}. Remedy: "
+                "cumulative lengths as int32 tensors, the longest sequences as numbers."
+            )
+    return kwargs[OFFSETS], kwargs["cu_seq_lens_k"], kwargs["max_length_q"], kwargs["max_length_k"]

@@ -32,11 +32,13 @@ from oslo_fusion import probe, surgery
 from oslo_fusion.config import FusionConfig
 from oslo_fusion.decide import HALF, Scope, Verdict, decide, dtypes_to_decide, mode_settings, propose, random, refuse
 from oslo_fusion.environment import Environment
+from oslo_fusion.errors import ConfigError
 from oslo_fusion.kernels.attention_routes import is_padding_free, propose_routes
+from oslo_fusion.kernels.attention_routing import OFFSETS, packed_arguments
 from oslo_fusion.kernels.norm_sites import ROOM
 from oslo_fusion.ops.attention import NAME, attention
 from oslo_fusion.ops.kernels import choices, missing
-from oslo_fusion.plan import NOTHING_TAKEN, Proposal, Site, Taken, leave
+from oslo_fusion.plan import NOTHING_TAKEN, Proposal, Site, Swap, Taken, leave
 from oslo_fusion.recognition.trace import has_hooks
 
 KERNEL = "FusedAttention"
@@ -58,6 +60,9 @@ class FusedRelativeAttention(nn.Module):
 
     What was not planned for runs as it was: another device or dtype, a cache, a mask that is not boolean, attentions asked for,
     another ``attn_implementation``.
+
+    Packed sequences (see :mod:`oslo_fusion.kernels.attention_interface`) are always ours, where there is no kernel by the
+    reference: nothing that ran before knows where one ends. They have self-attention and no cache, as an encoder has.
     """
 
     _oslo_fusion_settings: dict[str, Any]
@@ -74,6 +79,8 @@ class FusedRelativeAttention(nn.Module):
         this: Any = self
         table = position_bias if position_bias is not None and position_bias.dim() == 2 else None
         given = {"mask": mask, "key_value_states": key_value_states, "past_key_values": past_key_values, **kwargs}
+        if kwargs.get(OFFSETS) is not None and hidden_states.shape[0] == 1:
+            return self._packed(hidden_states, position_bias, key_value_states, past_key_values, kwargs)
         cross = key_value_states is not None
         source = key_value_states if key_value_states is not None else hidden_states
         planned = self._is_planned(hidden_states, past_key_values, cross, kwargs)
@@ -109,6 +116,38 @@ class FusedRelativeAttention(nn.Module):
             return hasattr(cache, _UPDATED) and not cache.is_updated.get(this.layer_idx)
         seen = cache.get_seq_length(this.layer_idx)
         return isinstance(seen, int) and seen == 0
+
+    def _packed(
+        self, hidden_states: Tensor, table: Tensor | None, key_value_states: Tensor | None, cache: Any, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, None]:
+        this: Any = self
+        for name, given in (("key_value_states", key_value_states), ("past_key_values", cache)):
+            if given is not None:
+                raise _packed_error(name, type(given).__name__, "None: packed sequences are an encoder's")
+        if table is not None and table.dim() != 2:
+            raise _packed_error(
+                "position_bias", f"a tensor of {list(table.shape)}", "a bucket table, as the first layer returns"
+            )
+        if kwargs.get("output_attentions"):
+            raise _packed_error("output_attentions", True, "false: there are none; ask for them with a padded batch")
+        q_offsets, k_offsets, *longest = packed_arguments(kwargs)
+        q, k, v = (self._heads(projection(hidden_states)) for projection in (this.q, this.k, this.v))
+        if table is None:
+            table = self._own_table(q)
+        out = attention(
+            *(x[0].transpose(0, 1) for x in (q, k, v)),
+            scale=this.scaling,
+            causal=this.is_causal,
+            bias_table=table if table.shape[0] else None,
+            bidirectional=not this.is_decoder,
+            max_distance=this.relative_attention_max_distance,
+            cu_seqlens_q=q_offsets,
+            cu_seqlens_k=k_offsets,
+            max_seqlen_q=longest[0],
+            max_seqlen_k=longest[1],
+            dropout=this.dropout if this.training else 0.0,
+        )
+        return this.o(out.reshape(*hidden_states.shape[:-1], -1)), table, None
 
     def _kept(self, k: Tensor, v: Tensor, cache: Any, cross: bool) -> tuple[Tensor, Tensor]:
         """Keys and values as the cache returns them when it is given them."""
@@ -164,6 +203,12 @@ class FusedRelativeAttention(nn.Module):
             max_distance=this.relative_attention_max_distance,
         )
         return F.embedding(buckets, table).permute(2, 0, 1).unsqueeze(0)
+
+
+def _packed_error(name: str, received: object, allowed: str) -> ConfigError:
+    return ConfigError(
+        f"packed attention: {name}: received {received}. Allowed: {allowed}. Remedy: run this as a padded batch."
+    )
 
 
 def _is_boolean(mask: Tensor | None, queries: Tensor, keys: Tensor) -> bool:
@@ -243,15 +288,23 @@ def _propose(path: str, module: Any, scope: Scope) -> Proposal:
         return refuse(ROOM, site, _BEFORE, "its parameters are on different devices or of different dtypes")
     if "forward" in module.__dict__:
         return refuse(ROOM, site, _BEFORE, "its forward was replaced on the instance")
-    if dtype not in (torch.float32, *HALF):
-        return refuse(ROOM, site, _BEFORE, f"no kernel for weights of {str(dtype).removeprefix('torch.')}")
     if module.config._attn_implementation != _SDPA:
         return refuse(ROOM, site, _BEFORE, f"attn_implementation is {module.config._attn_implementation!r}, not {_SDPA!r}")
-    if not choices(NAME, device.type, scope.config.kernel):
-        return refuse(ROOM, site, _BEFORE, missing(NAME, device.type, scope.config.kernel))
-    numbers = tuple(getattr(module, name) for name in _NUMBERS)
-    key = (KIND, type(module), module.is_decoder, module.is_causal, numbers, device, dtype)
-    verdict: Verdict = scope.once(key, lambda: _decide(module, device, dtype, scope.config.autotune))
+    packed = is_padding_free(scope.config) and not module.is_decoder
+    verdict: Verdict
+    if dtype not in (torch.float32, *HALF):
+        verdict = Verdict(f"no kernel for weights of {str(dtype).removeprefix('torch.')}")
+    elif choices(NAME, device.type, scope.config.kernel):
+        numbers = tuple(getattr(module, name) for name in _NUMBERS)
+        key = (KIND, type(module), module.is_decoder, module.is_causal, numbers, device, dtype)
+        verdict = scope.once(key, lambda: _decide(module, device, dtype, scope.config.autotune))
+    else:
+        verdict = Verdict(missing(NAME, device.type, scope.config.kernel))
+    if packed and not verdict.fused:
+        reason = f"kept for packed calls; padded batches as they were: {verdict.reason}"
+        swap = Swap(path, FusedRelativeAttention, mode_settings(device, verdict))
+        after = "attention, packed sequences with the bias from its table"
+        return Proposal(site, ROOM, _BEFORE, after, "fused", reason, (path,), (swap,), verdict.timings)
     return propose(
         ROOM,
         site,

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import oslo_fusion
 from oslo_fusion.aot import room as aot_room
+from oslo_fusion.config import FusionConfig
+from oslo_fusion.errors import ConfigError
 from oslo_fusion.kernels import attention_sites
 from oslo_fusion.kernels.attention_sites import KIND, FusedRelativeAttention, is_site
 from oslo_fusion.testing import assert_close_to_reference
@@ -315,7 +317,15 @@ def test_refusals_say_why(build: Any) -> None:
     row = oslo_fusion.report(model).rows[0]
     assert (row.outcome, row.reason) == (
         "refused",
-        "no part of this GPT2LMHeadModel is attention with a relative-position bias as T5 has it",
+        "no kernel on the CPU: the extension has none for attention",
+    )
+    assert row.site.kind == "attention through transformers' interface"
+    model = nn.Sequential(nn.Linear(2, 2))
+    oslo_fusion.initialize(model, {"kernel_fusion": {"enable": True, "custom_cuda_kernels": ["FusedAttention"]}})
+    row = oslo_fusion.report(model).rows[0]
+    assert (row.outcome, row.reason) == (
+        "refused",
+        "no part of this Sequential calls its attention through transformers' interface",
     )
 
 
@@ -331,6 +341,36 @@ def test_another_implementation_or_meaning_is_no_site(monkeypatch: pytest.Monkey
     rows = fuse(model)
     assert [row.outcome for row in rows if "SelfAttention" in row.site.path] == ["refused"] * 6
     assert "computes something else" in rows[0].reason
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_packed_sequences_of_an_encoder(compiled: bool, monkeypatch: pytest.MonkeyPatch, counted: list[Any]) -> None:
+    """Without kernels too: each text is what it is alone, with a bias that begins anew in each."""
+    monkeypatch.setattr(aot_room, "COMPILER", "eager")
+    monkeypatch.setattr(FusionConfig, "padding_free", True, raising=False)
+    model = model_of().double()
+    twin = copy.deepcopy(model)
+    rows = fuse(model, custom_cuda_kernels=[], memory_efficient_fusion=compiled)
+    found = {row.site.path.split(".")[0]: row.outcome for row in rows}
+    assert found == {"encoder": "fused", "decoder": "refused"}
+    lengths = (9, 1, 14)
+    texts = [torch.randint(2, 96, (1, length)) for length in lengths]
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    named = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 14, "max_length_k": 14}
+    counted.clear()
+    ours = model.encoder(torch.cat(texts, 1), **named).last_hidden_state
+    assert len(counted) == 3
+    theirs = torch.cat([twin.encoder(text).last_hidden_state for text in texts], 1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    ours.pow(3).sum().backward()
+    theirs.pow(3).sum().backward()
+    for (path, ours), theirs in zip(model.encoder.named_parameters(), twin.encoder.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-7, atol=1e-7, msg=path)
+    counted.clear()
+    torch.testing.assert_close(model.encoder(texts[0]).last_hidden_state, twin.encoder(texts[0]).last_hidden_state)
+    assert counted == [], "padded batches run as they were"
+    with pytest.raises(ConfigError, match="packed attention: output_attentions: received True"):
+        model.encoder.block[0].layer[0].SelfAttention(torch.randn(1, 24, 32).double(), output_attentions=True, **named)
 
 
 @pytest.mark.gpu
