@@ -55,6 +55,7 @@ _LENGTHS = (23, 5, 9, 1, 14, 7)
 """Of the proof's texts: 59 tokens are packed into 64 places, less than half of the padded batch."""
 
 _ATTENTION = "attention"  # in the kind of a site whose module is told, in a packed call, where texts begin
+_COMPARED = 1 << 14  # numbers of one gradient
 _LARGE = 1 << 28  # parameters
 _KEPT_LAYERS = 2
 LOSS_NAME = "loss"
@@ -207,9 +208,11 @@ def _find(path: str, module: nn.Module, taken: Taken) -> _Found | str:
             differences.append(difference)
             continue
         left = proof.difference(True, trial) is None
-        if left or found is None:  # padded on the right, columns and attended tokens have the same numbers
+        if left or found is None:
             found = _Found(part, {**trial, "left": left}, _BODY if part else _TOKENS, reducers)
-        if left:
+        # Padded on the right, columns and attended tokens have the same numbers, so there may be a rule that serves both sides;
+        # but not where a part reads one column.
+        if left or reducers:
             break
     if found is None:
         return f"computes something else, as where attention does not keep packed texts apart: {differences[0]}"
@@ -415,7 +418,13 @@ def _results(model: Any, batch: Arguments) -> _Results:
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     results.setdefault(f"gradient of {re.sub(r'[0-9]+', '#', name)}", []).append(gradient)
-    return {name: [value.detach().flatten() for value in values] for name, values in results.items()}
+    return {name: [_sample(value.detach().flatten()) for value in values] for name, values in results.items()}
+
+
+def _sample(numbers: Tensor) -> Tensor:
+    """All of few numbers; of many some, evenly spaced: of MiniLM's 22 million gradients, comparing all took a CPU 52 s."""
+    step = numbers.numel() // _COMPARED | 1  # odd, so that they are not all of one column
+    return numbers[::step].clone() if step > 1 else numbers
 
 
 def _score(results: _Results) -> Tensor:
