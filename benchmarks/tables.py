@@ -18,7 +18,7 @@ MODES = ("forward", "forward+backward")
 LEVEL = 0.98  # as oslo_fusion.plan.WINNING_FRACTION: closer than this is a tie
 OURS = "ours"
 VERSIONS = ("torch", "triton", "transformers", "liger-kernel", "python")
-MODELS = {"t5": "T5-base", "llama": "Llama 1.24B", "gpt2": "GPT-2 124M"}
+MODELS = {"t5": "T5-base", "llama": "Llama 1.24B", "gpt2": "GPT-2 124M", "bert": "BERT-base"}
 PROFILED = {"device_ms": 1, "host_ms": 1, "launches": 0}  # of a profile, and how many digits
 PROFILE_HEADINGS = {"device_ms": "kernels ms", "host_ms": "host ms", "launches": "launches"}
 COLOURS = {
@@ -384,7 +384,8 @@ def _model(section: Data) -> str:
     load = section["workload"]
     seq = f"{load['seq']} + {load['seq']}" if load["model"].startswith("t5") else str(load["seq"])
     size = "" if load["size"] == "full" else f" ({load['size']})"
-    return f"{MODELS.get(load['model'], load['model'])}{size}, {load['batch']} × {seq}"
+    lengths = f"{load['seq'] // 8} to " if load.get("ragged") else ""
+    return f"{MODELS.get(load['model'], load['model'])}{size}, {load['batch']} × {lengths}{seq}"
 
 
 def _training_provenance(result: Result, link: Callable[[Path], str]) -> str:

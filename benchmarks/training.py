@@ -10,13 +10,12 @@ run that is cut short leaves what it has.
 
 Every provider lives in a process of its own, because Liger replaces transformers' rotary embedding for the whole process,
 whether or not it is given one model. All processes start at once, hold their model at the same time and are asked in turn,
-round after round, because the host's speed drifts by more than the providers differ. A process that waits gives its free
-memory back, and its optimizer's state, which is zeros again when it goes on: the learning rate is 0 by then.
+round after round, because the host's speed drifts by more than the providers differ. A process that waits holds no memory of
+the device but its context, so that ten fit beside one another on 80 GiB: it gives its free memory back, its weights, of which
+it keeps a copy on the host, and its optimizer's state, which is zeros again when it goes on: the learning rate is 0 by then.
 
 First steps of ``oslo_fusion memory-efficient`` and of whole models under ``torch.compile`` are cold: their caches of compiled
-code and of timings are empty. The others have what these left. Eager and ours make theirs while nothing else runs.
-``torch.compile`` of a whole model takes so long, nearly all of it on one core of the host, that the
-providers with it make theirs at the same time, and the other peers beside them.
+code and of timings are empty. The others have what these left. All make theirs while nothing else runs.
 
 Nothing is timed before it is checked. Loss and every parameter's gradient obey the law of ``workload.check`` on the timed
 batch: our error against float32 is at most twice that of plain bfloat16, plus one unit in the last place. The truth is computed
@@ -62,15 +61,22 @@ CONFIG = {"kernel_fusion": {"enable": True, "custom_cuda_kernels": "all"}}
 LOSS = {"kernel_fusion": {"enable": True, "custom_cuda_kernels": ["all", "FusedLinearCrossEntropy"]}}
 
 
-def compiled(budget: float, scope: str = "layer") -> dict[str, Any]:
+def compiled(budget: float, scope: str = "layer", **more: Any) -> dict[str, Any]:
     """Layers, or all below the head, compiled under a memory budget, and the fused loss."""
     block = {"scope": scope, "activation_memory_budget": budget}
     kernels = ["all", "FusedLinearCrossEntropy"]
-    return {"kernel_fusion": {"enable": True, "memory_efficient_fusion": block, "custom_cuda_kernels": kernels}}
+    return {"kernel_fusion": {"enable": True, "memory_efficient_fusion": block, "custom_cuda_kernels": kernels, **more}}
 
 
-MODELS = {"llama-1b": ("llama", 8, 2048), "gpt2": ("gpt2", 16, 1024), "t5-base": ("t5", 32, 512)}
-"""Name in :data:`oslo_fusion.models.MODELS`, batch, tokens per sample (of T5 on both sides)."""
+MODELS: dict[str, tuple[str, int, int, bool]] = {
+    "llama-1b": ("llama", 8, 2048, False),
+    "gpt2": ("gpt2", 16, 1024, False),
+    "t5-base": ("t5", 32, 512, False),
+    "bert-base": ("bert", 64, 512, False),
+    "bert-base ragged": ("bert", 64, 512, True),
+}
+"""Name in :data:`oslo_fusion.models.MODELS`, batch, tokens per sample (of T5 on both sides), and whether texts are of different
+lengths, uniformly from an eighth of that on."""
 
 EAGER, OURS, OURS_LOSS, BEST = "eager", "oslo_fusion kernels", "oslo_fusion kernels and loss", "oslo_fusion memory-efficient"
 CHECKPOINTING = " checkpointing"
@@ -78,11 +84,13 @@ DIAL = (0.0, 0.1, 0.25, 0.5, 0.75)
 COMPILED = {BEST: 1.0, **{f"{BEST} at {budget:g}": budget for budget in DIAL}, BEST + CHECKPOINTING: 1.0}
 WHOLE = ("compile", "liger compile")
 OURS_WHOLE = f"{BEST} whole"
+PADDING_FREE = f"{BEST} padding-free"
 PEERS = (EAGER, EAGER + CHECKPOINTING, "liger kernels", "liger", "liger" + CHECKPOINTING, *WHOLE)
-PROVIDERS = (*PEERS, OURS, OURS_LOSS, "oslo_fusion", *COMPILED, OURS_WHOLE)
+PROVIDERS = (*PEERS, OURS, OURS_LOSS, "oslo_fusion", *COMPILED, OURS_WHOLE, PADDING_FREE)
 """``oslo_fusion kernels``: what ``custom_cuda_kernels: all`` gives, without the TorchScript room; ``and loss``: with
 ``FusedLinearCrossEntropy`` too. ``oslo_fusion``: every room. ``memory-efficient``: layers compiled, and the fused loss; ``at``:
-with this ``activation_memory_budget``, else 1; ``whole``: with ``scope: model``, all below the head in one graph. ``compile``:
+with this ``activation_memory_budget``, else 1; ``whole``: with ``scope: model``, all below the head in one graph;
+``padding-free``: with ``padding_free: true``. ``compile``:
 ``model.compile()``. ``liger kernels``: norms, gated product and rotary embedding, like with like. ``liger``: its fused linear
 cross entropy too. ``checkpointing``: with transformers' ``gradient_checkpointing_enable()``."""
 
@@ -93,6 +101,7 @@ SETTLE = 2  # calls before each round's timed ones: they fetch from the driver t
 RECORDED = 3
 LEARNING_RATE = 1e-4  # of the recorded steps, so that a wrong gradient shows in the next loss; then 0, and the weights stay
 LAW = torch.finfo(torch.bfloat16).eps
+IGNORED = -100  # a label that counts nowhere
 PARTS = 8  # of the batch, for the float32 answers
 SAMPLE = 1 << 18  # numbers that are compared of one gradient
 PROFILED = {"device_ms": 1, "host_ms": 1, "launches": 0}  # columns from the profile, and their digits
@@ -151,6 +160,8 @@ def apply_provider(name: str, model: Any) -> None:
         engine.initialize(model, compiled(COMPILED[name]))
     elif name == OURS_WHOLE:
         engine.initialize(model, compiled(1.0, "model"))
+    elif name == PADDING_FREE:
+        engine.initialize(model, compiled(1.0, padding_free=True))
     elif name.startswith("liger"):
         # On this instance, and on transformers' globals where Liger knows no other way.
         liger_recipe(model)(model=model, fused_linear_cross_entropy=name != "liger kernels")
@@ -191,22 +202,50 @@ def answers(model: nn.Module, load: Workload, parts: int = 1) -> Answers:
 
     Args:
         model: is left without gradients, and without dropout.
-        load: its inputs; every sample has as many labels as the others.
+        load: its inputs.
         parts: equal ones of the batch, one after the other, for less memory.
     """
     workload.switch_off_dropout(model)
     inputs = load.inputs(model)
     losses = []
+    share = (inputs["labels"] != IGNORED).sum()
     for begin in range(0, load.batch, load.batch // parts):
         # Not a slice where it is all: nothing may give a compiler a reason to compile again.
         part = {name: tensor[begin : begin + load.batch // parts] for name, tensor in inputs.items()} if parts > 1 else inputs
-        loss = model(**part).loss / parts
+        # Samples may have different numbers of labels, over all of which the loss is a mean.
+        loss = model(**part).loss * ((part["labels"] != IGNORED).sum() / share if parts > 1 else 1.0)
         loss.backward()
         losses.append(loss.detach())
     gradients = {name: sampled(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     loss = torch.stack(losses).sum()
     return Answers(loss.to(load.torch_dtype), loss, gradients)
+
+
+class Weights:
+    """A model's parameters and buffers, kept on the host while their process waits. They are the same from round to round."""
+
+    def __init__(self, model: nn.Module) -> None:
+        tensors = [*model.parameters(), *model.buffers()]
+        found = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t.device.type == "cuda"}
+        self._kept = [
+            (storage, storage.nbytes(), self._bytes(storage).to("cpu", copy=True).pin_memory()) for storage in found.values()
+        ]
+
+    @staticmethod
+    def _bytes(storage: torch.UntypedStorage) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+    def give_back(self) -> None:
+        """Free the device's memory. The tensors stay, without anything in them."""
+        for storage, _, _ in self._kept:
+            storage.resize_(0)
+
+    def fetch(self) -> None:
+        """Put everything back."""
+        for storage, size, kept in self._kept:
+            storage.resize_(size)
+            self._bytes(storage).copy_(kept)
 
 
 class Runner:
@@ -216,10 +255,13 @@ class Runner:
         self.provider, self.load, self.device = provider, load, load.torch_device
         importlib.import_module("transformers")
         self.model: nn.Module | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
 
     def build(self) -> None:
         """Build the model; all processes do it at once, so that imports and contexts cost their time once."""
         self.model = build(self.load)
+        self.weights = Weights(self.model)
+        self.rest()
 
     def refer(self, path: str) -> None:
         """Write the answers of the untouched model, and those in float32, for everybody's check."""
@@ -235,6 +277,7 @@ class Runner:
         """Apply, make the first steps; then the weights are as they were."""
         if self.model is None:
             self.build()
+        self.weights.fetch()
         model: Any = self.model
         inputs, self.parameters = self.load.inputs(model), list(model.parameters())
         untouched = [p.detach().clone() for p in self.parameters]
@@ -275,13 +318,16 @@ class Runner:
             "prepare_s": prepare_s,
             "first_step_s": first_step_s,
             "parameters": sum(p.numel() for p in self.parameters),
+            "tokens": int(inputs["attention_mask"].sum()) if self.load.ragged else self.load.batch * self.load.seq,
             "dropout": has_dropout(model),
             "fusion": outcome(attached) if isinstance(attached, FusionReport) else None,
         }
 
     def rest(self) -> None:
         """Give back what others may need meanwhile."""
-        self.optimizer.state.clear()
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
+        self.weights.give_back()
         workload.free_memory(self.device)
 
     def check(self, path: str) -> dict[str, Any] | None:
@@ -297,15 +343,18 @@ class Runner:
                 return None
             model = build(self.load)
             apply_provider(self.provider, model)
+        else:
+            self.weights.fetch()
         before, reference = (Answers(**said) for said in torch.load(path, map_location=self.device))
         try:
             return workload.check(before, answers(model, self.load), reference)
         finally:
             del model, before, reference
-            workload.free_memory(self.device)
+            self.rest()
 
     def time(self, calls: int) -> dict[str, Any]:
         """A round, and what all rounds so far measured."""
+        self.weights.fetch()
         self.watch.warm_up(SETTLE)
         self.watch.time(calls)
         self.rest()
@@ -318,6 +367,7 @@ class Runner:
         """Where the time goes; None where there is no GPU."""
         if self.device.type != "cuda":
             return None
+        self.weights.fetch()
         self.watch.warm_up(SETTLE)
         found = workload.profile(self.step, self.device, calls=1, top=20)
         self.rest()
@@ -516,21 +566,15 @@ def _prepare(providers: Sequence[Provider], path: str, section: dict[str, Any], 
         if kind == "red" and provider.name.startswith("oslo_fusion"):
             section["error"] = f"the check is red: {provider.name}: {said}"
 
-    later: list[Provider] = []
-
-    def take(provider: Provider, answer: tuple[str, Any]) -> None:
-        found = answer[1]
+    def take(provider: Provider) -> None:
+        found = provider.ask("prepare")[1]
         if found is None:
             return
         section["parameters"] = found.pop("parameters")
-        section["flops"] = 6 * section["parameters"] * provider.load.batch * provider.load.seq
+        section["flops"] = 6 * section["parameters"] * found.pop("tokens")
         provider.row.update(found)
         progress()
-        if provider.name == EAGER:
-            return  # the law's yardstick
-        if found["dropout"]:
-            later.append(provider)  # takes a second model; there is time for that while others compile
-        else:
+        if provider.name != EAGER:  # the law's yardstick
             check(provider)
 
     for provider in providers:
@@ -539,25 +583,10 @@ def _prepare(providers: Sequence[Provider], path: str, section: dict[str, Any], 
         provider.end()
     if not any(provider.ask("refer", path)[0] == "done" for provider in providers):
         return  # all have failed, and their rows say how
-    whole = [provider for provider in providers if provider.name in WHOLE]
     # Ours first: the caches that it fills are the other processes'.
-    alone = sorted((p for p in providers if p.name == EAGER or p.name.startswith("oslo_fusion")), key=lambda p: p.name != BEST)
-    for provider in alone[:1] + whole:
-        provider.row["cold"] = provider.name != EAGER
-    for provider in alone:
-        take(provider, provider.ask("prepare"))
-    for provider in whole:
-        provider.begin("prepare")
-    for provider in providers:
-        if provider not in whole and provider not in alone:
-            take(provider, provider.ask("prepare"))
-    for provider in later:
-        check(provider)
-    later.clear()
-    for provider in whole:
-        take(provider, provider.end())
-    for provider in later:
-        check(provider)
+    for provider in sorted(providers, key=lambda p: (p.name != BEST, not p.name.startswith("oslo_fusion"))):
+        provider.row["cold"] = provider.name in (BEST, *WHOLE)
+        take(provider)
 
 
 def _compare(section: Mapping[str, Any]) -> None:
@@ -677,8 +706,8 @@ def _run(parsed: argparse.Namespace) -> int:
     result: dict[str, Any] = {"benchmark": "training", **facts, "config": CONFIG, "seconds": 0.0, "sections": []}
     own = {name: facts[name] for name in ("commit", "date")}  # a merged file's sections are from several runs
     for name in chosen:
-        model, batch, seq = MODELS[name]
-        load = Workload(model, batch, seq, "training", "bfloat16", device)
+        model, batch, seq, ragged = MODELS[name]
+        load = Workload(model, batch, seq, "training", "bfloat16", device, ragged=ragged)
         if parsed.dry:
             load = dataclasses.replace(load, batch=2, seq=8, size="tiny")
         result["sections"].append({})

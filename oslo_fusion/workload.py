@@ -60,6 +60,7 @@ class Workload:
         device: text or ``torch.device``.
         size: ``full`` or ``tiny``.
         seed: of weights and inputs.
+        ragged: texts are of different lengths, uniformly from an eighth of ``seq`` on, padded on the right, with a mask.
 
     Raises:
         ConfigError: a field is unusable. Whether ``seq`` fits the model is found when inputs are made.
@@ -73,6 +74,7 @@ class Workload:
     device: torch.device | str = "cpu"
     size: str = "full"
     seed: int = 0
+    ragged: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq"):
@@ -117,7 +119,7 @@ class Workload:
 
     def inputs(self, model: nn.Module) -> dict[str, Tensor]:
         """Random inputs for ``model``, the same each time: token ids ``[batch, seq]`` or pixels ``[batch, channels,
-        height, width]``, in training with labels.
+        height, width]``, in training with labels. A masked language model's are set at 15 % of the tokens of each sample.
 
         Raises:
             ConfigError: ``seq`` is longer than the model's positions, or the model has no loss to train on.
@@ -149,6 +151,16 @@ class Workload:
                     "model with a task head."
                 )
             made["labels"] = labels
+            if any(cls.__name__.endswith("ForMaskedLM") for cls in type(model).__mro__):
+                ranks = torch.rand(labels.shape, generator=generator).argsort(1).argsort(1)
+                made["labels"] = labels.masked_fill(ranks >= max(1, round(0.15 * self.seq)), -100)
+        if self.ragged and "input_ids" in made:
+            lengths = torch.randint(max(1, self.seq // 8), self.seq + 1, (self.batch, 1), generator=generator)
+            seen = torch.arange(self.seq)[None, :] < lengths
+            made["attention_mask"] = seen.long()
+            made["input_ids"] = made["input_ids"].masked_fill(~seen, config.pad_token_id or 0)
+            if "labels" in made and made["labels"].dim() == 2:
+                made["labels"] = made["labels"].masked_fill(~seen, -100)
         return {name: tensor.to(self.torch_device) for name, tensor in made.items()}
 
     def _check_length(self, config: Any) -> None:

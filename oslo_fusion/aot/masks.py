@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from oslo_fusion.ops.attention import ATTENTION, UNLIMITED, Extras, Options
 
-_IN_PLACE = "add and concat floordiv lshift matmul mod mul or pow rshift sub truediv xor".split()
+_IN_PLACE = frozenset({"iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift"})
+_IN_PLACE |= {"isub", "itruediv", "ixor", "setitem"}
 _LARGEST = 1 << 28  # elements that are made to be looked at
 _MASK, _CAUSAL = "attn_mask", "is_causal"
 _POSITIONAL = ("query", "key", "value", _MASK, "dropout_p", _CAUSAL)
@@ -143,5 +144,5 @@ def _writes(node: fx.Node) -> bool:
     """Whether a node changes one of its arguments."""
     name = getattr(node.target, "__name__", str(node.target))
     if getattr(node.target, "__module__", None) == "_operator":
-        return name == "setitem" or (name.startswith("i") and name[1:] in _IN_PLACE)
+        return name in _IN_PLACE
     return name.endswith("_") and not name.endswith("__")

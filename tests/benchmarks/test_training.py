@@ -23,6 +23,7 @@ PREPARED = {
     "prepare_s": 0.5,
     "first_step_s": 1.0,
     "parameters": 100,
+    "tokens": 16,
     "dropout": False,
     "fusion": None,
 }
@@ -174,18 +175,16 @@ def test_the_truth_is_computed_once_and_by_the_next_if_the_first_cannot(canned):
     assert section["rows"][1]["check"]["green"]
 
 
-def test_whole_models_are_compiled_together_after_eager_and_ours(canned):
-    measure("eager", "compile", "liger", "liger compile", training.BEST)
-    assert asked(canned, "prepare") == [training.BEST, "eager", "compile", "liger compile", "liger"]
-    assert asked(canned, "check") == [training.BEST, "liger", "compile", "liger compile"]
-
-
-def test_with_dropout_checks_wait_for_the_compilations(canned):
-    canned.answers[training.BEST] = {"prepare": ("done", {**PREPARED, "dropout": True})}
-    canned.answers["compile"] = {**canned.answers[training.BEST], "check": ("done", None)}
-    section = measure("eager", "compile", training.BEST)
+def test_ours_is_first_and_each_is_checked_before_the_next_is_prepared(canned):
+    measure("eager", "compile", "liger", training.OURS, training.BEST)
     order = [entry for entry in canned.asked if entry[1] in ("prepare", "check")]
-    assert order.index((training.BEST, "check")) > order.index(("compile", "prepare"))
+    names = [training.BEST, training.OURS, "eager", "compile", "liger"]
+    assert order == [(n, what) for n in names for what in ("prepare", "check") if (n, what) != ("eager", "check")]
+
+
+def test_a_check_that_cannot_be_made_is_said(canned):
+    canned.answers["compile"] = {"prepare": ("done", {**PREPARED, "dropout": True}), "check": ("done", None)}
+    section = measure("eager", "compile")
     assert section["rows"][1]["check"] == {"green": None, "found": None}
     assert section["error"] is None
 
@@ -257,14 +256,15 @@ def test_kernels_alone_leave_the_torchscript_room_out(fuser_pretended, monkeypat
     assert "jit" not in rooms
 
 
-@pytest.mark.parametrize(("name", "dropout"), [("llama-1b", False), ("gpt2", True), ("t5-base", True)])
+@pytest.mark.parametrize(("name", "dropout"), [("llama-1b", False), ("t5-base", True), ("bert-base ragged", True)])
 def test_runner_goes_through_all_its_parts(name, dropout, tmp_path):
-    model, _, _ = training.MODELS[name]
-    load = Workload(model, 6, 8, "training", "bfloat16", "cpu", "tiny")
+    model, _, _, ragged = training.MODELS[name]
+    load = Workload(model, 6, 8, "training", "bfloat16", "cpu", "tiny", ragged=ragged)
     runner = training.Runner(training.OURS, load)
     runner.refer(str(tmp_path / "answers.pt"))
     found = runner.prepare()
     assert found["dropout"] == dropout
+    assert (found["tokens"] < 48) == ragged
     assert len(found["losses"]) == training.RECORDED
     fresh = list(load.build().parameters())
     assert all(torch.equal(before, after) for before, after in zip(fresh, runner.parameters, strict=True)), "not restored"
@@ -286,8 +286,9 @@ def test_a_whole_model_is_not_compiled_twice_for_its_check(tmp_path, monkeypatch
         assert (runner.check(str(tmp_path / "answers.pt")) is not None) == checked
 
 
-def test_float32_answers_in_parts_are_those_of_the_whole():
-    load = Workload("t5", 4, 8, "training", "float32", "cpu", "tiny")
+@pytest.mark.parametrize(("model", "ragged"), [("t5", False), ("bert", True)])
+def test_float32_answers_in_parts_are_those_of_the_whole(model, ragged):
+    load = Workload(model, 4, 24, "training", "float32", "cpu", "tiny", ragged=ragged)
     whole, parts = (training.answers(load.build(), load, count) for count in (1, 4))
     torch.testing.assert_close(parts.loss, whole.loss)
     for name, gradient in whole.gradients.items():
