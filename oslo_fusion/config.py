@@ -103,9 +103,9 @@ class FusionConfig:
         custom_cuda_kernels: kernels to use beside the rest: ``FusedRMSNorm`` and ``FusedLayerNorm`` for norms,
             ``FusedSwiGLU`` and ``FusedGeGLU`` for gated MLPs, ``FusedRoPE`` for the rotary embedding of attention,
             ``FusedAttention`` for attention with T5's relative-position bias and the fastest backend for any other,
-            ``FusedNoRepeatNGram`` for n-gram blocking in ``generate``; ``("all",)`` for all of these. Only by name: ``FusedLinearCrossEntropy`` for head and loss of a
-            language model in training, whose output then has None for logits. The plan refuses by name what this version
-            does not have.
+            ``FusedNoRepeatNGram`` for n-gram blocking in ``generate``; ``("all",)`` for all of these. Only by name:
+            ``FusedLinearCrossEntropy`` for head and loss of a language model in training, whose output then has None for
+            logits. The plan refuses by name what this version does not have.
         padding_free: compute padded batches without their padding, packed into one sequence of tokens, in training and
             evaluation. Where outputs have a place for each token, those at padding are zeros.
         kernel: which implementation of a kernel is used where there are several: ``triton`` or ``cuda`` (the compiled

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from oslo_fusion.ops.attention import ATTENTION, UNLIMITED, Extras, Options
+from oslo_fusion.ops.attention_backends import run_masked
 
 _IN_PLACE = frozenset({"iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift"})
 _IN_PLACE |= {"isub", "itruediv", "ixor", "setitem"}
@@ -22,6 +23,11 @@ _LARGEST = 1 << 28  # elements that are made to be looked at
 _MASK, _CAUSAL = "attn_mask", "is_causal"
 _POSITIONAL = ("query", "key", "value", _MASK, "dropout_p", _CAUSAL)
 _OURS = {name: index for index, name in enumerate(("q", "k", "v", *Extras._fields, *Options._fields))}
+
+
+def keep_masks_in_sight() -> None:
+    """Let Dynamo leave a routed attention and its mask in its graph as one call. Before anything is traced."""
+    torch.compiler.allow_in_graph(run_masked)
 
 
 def simplify_masks(graph: fx.GraphModule) -> int:
@@ -61,6 +67,8 @@ def _mask_of(node: fx.Node) -> fx.Node | None:
         found = node.kwargs.get(_MASK, node.args[3] if len(node.args) > 3 else None)
     elif node.target is ATTENTION:
         found = node.args[_OURS["mask"]]
+    elif node.target is run_masked:
+        found = node.args[3]
     else:
         return None
     return found if isinstance(found, fx.Node) else None
@@ -76,6 +84,9 @@ def _set(node: fx.Node, causal: bool) -> bool:
         if causal:
             arguments[_OURS["right"]] = 0
         node.args = tuple(arguments)
+        return True
+    if node.target is run_masked:
+        node.args = (*node.args[:3], None, causal, *node.args[5:])
         return True
     given: dict[str, Any] = {**dict(zip(_POSITIONAL, node.args, strict=False)), **node.kwargs}
     if given.get(_CAUSAL):

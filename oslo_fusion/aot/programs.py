@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from oslo_fusion import surgery
 from oslo_fusion.aot.backend import Backend, Replacement, breaks_noticed, compiler_failure
+from oslo_fusion.aot.masks import keep_masks_in_sight
 from oslo_fusion.aot.record import Record
 from oslo_fusion.config import MemoryEfficientFusion
 from oslo_fusion.errors import ConfigError
@@ -79,6 +80,7 @@ class Programs:
         def compile_graph(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             return self.backend(graph, example_inputs, program=name)
 
+        keep_masks_in_sight()
         self._compiled[full_key] = compiled = torch.compile(own_copy(function), backend=compile_graph)
 
         def first_call(*args: Any, **kwargs: Any) -> Any:

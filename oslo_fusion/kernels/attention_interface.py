@@ -82,16 +82,13 @@ def routed_attention_forward(
     if causal and key.shape[2] > query.shape[2]:  # an empty cache of a fixed size: the queries are its first
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     query, key, value = _cast(query, key, value)
-    out = backends.run(
-        backend,
-        query,
-        key,
-        value,
-        scale=query.shape[3] ** -0.5 if scaling is None else scaling,
-        causal=causal,
-        mask=attention_mask,
-        dropout=dropout,
-    )
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if attention_mask is not None and torch.compiler.is_compiling():
+        plain = _choose(routing, query, key, value, None)
+        plain = backend if plain == SDPA else plain
+        out = backends.run_masked(query, key, value, attention_mask, False, backend, plain, scale, dropout)
+    else:
+        out = backends.run(backend, query, key, value, scale=scale, causal=causal, mask=attention_mask, dropout=dropout)
     return out.transpose(1, 2).contiguous(), None
 
 

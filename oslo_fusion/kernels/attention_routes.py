@@ -56,11 +56,6 @@ _BEFORE = "scaled_dot_product_attention, as torch chooses"
 _CROSS = ("encoder_hidden_states", "key_value_states")
 
 
-def is_padding_free(config: FusionConfig) -> bool:
-    """Whether packed calls will come."""
-    return bool(getattr(config, "padding_free", False))
-
-
 # --- recognition -------------------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +183,7 @@ def propose_routes(model: nn.Module, scope: Scope, taken: Taken, but: set[str]) 
 
 def _propose(path: str, module: Any, scope: Scope) -> Proposal:
     site = Site(path, KIND, type(module).__name__)
-    placed, packed = placement(module), is_padding_free(scope.config)
+    placed, packed = placement(module), scope.config.padding_free
     if placed is None:
         return refuse(ROOM, site, _BEFORE, "it has no parameters to tell its device and dtype by")
     device, dtype = placed
@@ -284,7 +279,7 @@ class _Trial:
     def __init__(self, facts: Facts, device: torch.device, dtype: torch.dtype, config: FusionConfig) -> None:
         self.facts, self.device, self.config = facts, device, config
         self.mixed = dtype == torch.float32 and device.type == "cuda"  # then bfloat16 stands for float16 too
-        self.packs, self.compiled = is_padding_free(config), config.aot is not None
+        self.packs, self.compiled = config.padding_free, config.aot is not None
         self.timings: list[Timing] = []
         self.figures: list[str] = []
         self.refused: dict[str, str] = {}

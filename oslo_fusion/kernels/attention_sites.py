@@ -33,7 +33,7 @@ from oslo_fusion.config import FusionConfig
 from oslo_fusion.decide import HALF, Scope, Verdict, decide, dtypes_to_decide, mode_settings, propose, random, refuse
 from oslo_fusion.environment import Environment
 from oslo_fusion.errors import ConfigError
-from oslo_fusion.kernels.attention_routes import is_padding_free, propose_routes
+from oslo_fusion.kernels.attention_routes import propose_routes
 from oslo_fusion.kernels.attention_routing import OFFSETS, packed_arguments
 from oslo_fusion.kernels.norm_sites import ROOM
 from oslo_fusion.ops.attention import NAME, attention
@@ -242,7 +242,7 @@ class AttentionPass:
         ``padding_free`` asks for them too: packed sequences take this way.
         """
         everything, named = "all" in config.custom_cuda_kernels, KERNEL in config.custom_cuda_kernels
-        if not everything and not named and not is_padding_free(config):
+        if not everything and not named and not config.padding_free:
             return
         wish = Site(f"kernel_fusion.custom_cuda_kernels: {KERNEL}", "configuration", "-")
         if not config.enable:
@@ -290,7 +290,7 @@ def _propose(path: str, module: Any, scope: Scope) -> Proposal:
         return refuse(ROOM, site, _BEFORE, "its forward was replaced on the instance")
     if module.config._attn_implementation != _SDPA:
         return refuse(ROOM, site, _BEFORE, f"attn_implementation is {module.config._attn_implementation!r}, not {_SDPA!r}")
-    packed = is_padding_free(scope.config) and not module.is_decoder
+    packed = scope.config.padding_free and not module.is_decoder
     verdict: Verdict
     if dtype not in (torch.float32, *HALF):
         verdict = Verdict(f"no kernel for weights of {str(dtype).removeprefix('torch.')}")

@@ -596,6 +596,7 @@ def attention(
     max_seqlen_k: int | None = None,
     dropout: float = 0.0,
     rng: Tensor | None = None,
+    kernel: str = "triton",
 ) -> Tensor:
     """Attention in the memory of its inputs and outputs, with T5's bias, padding and dropout computed inside.
 
@@ -619,13 +620,33 @@ def attention(
         max_seqlen_q, max_seqlen_k: the longest sequence; where missing, the host waits for it.
         dropout: the probability that an element of the softmax becomes zero.
         rng: int64 ``[2]``, seed and offset of the dropout; by default drawn from torch's generator of the device.
+        kernel: ``triton``, which is ours, the reference where there is none; or a vendor's for what it can serve: ``cudnn``,
+            ``flash``, ``efficient`` (see :mod:`oslo_fusion.ops.attention_backends`).
 
     Returns:
         The shape and dtype of ``q``; in memory ``[batch, queries, heads, dim]``. Zeros where a query sees no key.
 
     Raises:
-        ConfigError: a shape, dtype, device, length or option that has no meaning here.
+        ConfigError: a shape, dtype, device, length or option that has no meaning here, or that the kernel cannot serve.
     """
+    if kernel != "triton":
+        from oslo_fusion.ops import attention_backends  # which calls this function for ours
+
+        unserved = {"bias_table": bias_table, "alibi_slopes": alibi_slopes, "key_lengths": key_lengths, "rng": rng}
+        return attention_backends.by_vendor(
+            kernel,
+            q,
+            k,
+            v,
+            scale=scale,
+            causal=causal,
+            window=window,
+            mask=mask if key_mask is None else _of_pairs(key_mask, mask, q),
+            cu_seqlens=(cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k),
+            longest=(_longest(cu_seqlens_q, max_seqlen_q), _longest(cu_seqlens_k, max_seqlen_k or max_seqlen_q)),
+            dropout=dropout,
+            unserved=[name for name, given in unserved.items() if given is not None],
+        )
     q, k, v, *arguments = prepare(
         q,
         k,
@@ -658,6 +679,11 @@ def attention(
     else:
         result, _ = kernels.launch_attention(q, k, v, *arguments)
     return result
+
+
+def _of_pairs(key_mask: Tensor, mask: Tensor | None, q: Tensor) -> Tensor:
+    pairs = key_mask[:, None, None, :].expand(-1, 1, q.shape[2], -1)
+    return pairs if mask is None else pairs & mask
 
 
 def prepare(

@@ -17,12 +17,14 @@ Source: ``sdp_utils.cpp`` of torch says what each kernel takes; on a GPU torch i
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oslo_fusion.errors import ConfigError
 from oslo_fusion.ops.attention import MAX_DIM, NAME, attention
 from oslo_fusion.ops.kernels import choices, missing
 
@@ -203,6 +205,29 @@ def run(
     )
 
 
+def run_masked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    masked: str,
+    plain: str,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """Attention under a mask, which a compiler may find to say nothing but the flag (:mod:`oslo_fusion.aot.masks`).
+
+    Args:
+        q, k, v: as for :func:`run`.
+        mask: bool; None once it was found to say nothing.
+        causal: what it said instead.
+        masked, plain: the backends with a mask, and without.
+        scale, dropout: as for :func:`run`.
+    """
+    return run(plain if mask is None else masked, q, k, v, scale=scale, causal=causal, mask=mask, dropout=dropout)
+
+
 def is_of_keys(mask: Tensor, k: Tensor) -> bool:
     """Whether a mask is one row for all queries and heads, as transformers expands an encoder's padding.
 
@@ -294,6 +319,45 @@ def run_packed(
     )
 
 
-def without_dropout(case: Case) -> Case:
-    """The case in evaluation."""
-    return replace(case, dropout=0.0, training=False)
+def by_vendor(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None,
+    causal: bool,
+    window: tuple[int | None, int | None] | None,
+    mask: Tensor | None,
+    cu_seqlens: tuple[Tensor | None, Tensor | None],
+    longest: tuple[int, int],
+    dropout: float,
+    unserved: Sequence[str],
+) -> Tensor:
+    """:func:`~oslo_fusion.ops.attention.attention` by a vendor's kernel, for callers who choose it themselves.
+
+    Raises:
+        ConfigError: an unknown kernel, or one that cannot serve this.
+    """
+    if backend not in BACKENDS or backend == OURS:
+        raise ConfigError(
+            f"{NAME}: kernel: received {backend!r}. Allowed: {', '.join((OURS, *BACKENDS[:-1]))}. Remedy: kernel={OURS!r}."
+        )
+    q_offsets, k_offsets = cu_seqlens
+    heads, kv_heads = (q.shape[1], k.shape[1])
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    case = Case(q.device.type, q.dtype, heads, kv_heads, q.shape[-1], causal, dropout, mask is not None, training)
+    side = None if window is None else window[0]
+    reason = ", ".join(unserved) and f"no {', '.join(unserved)}"
+    if not reason and window is not None and (q_offsets is None or window[1] not in (side, None if causal else side)):
+        reason = f"no window of {window}" if q_offsets is not None else "no window but in packed sequences"
+    if not reason and q_offsets is None and causal and (mask is not None or q.shape[2] != k.shape[2]):
+        reason = "causal attention has no mask, and as many queries as keys"
+    reason = reason or (obstacle if q_offsets is None else packed_obstacle)(backend, case)
+    if reason:
+        raise ConfigError(f"{NAME}: kernel: received {backend!r}, which cannot serve this: {reason}. Remedy: kernel={OURS!r}.")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q_offsets is None or k_offsets is None:
+        return run(backend, q, k, v, scale=scale, causal=causal, mask=mask, dropout=dropout)
+    far = None if side is None else side + 1
+    return run_packed(backend, q, k, v, q_offsets, k_offsets, longest, scale=scale, causal=causal, window=far, dropout=dropout)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import oslo_fusion
 from oslo_fusion import surgery
+from oslo_fusion.aot import masks
 from oslo_fusion.aot import room as aot_room
-from oslo_fusion.config import FusionConfig
 from oslo_fusion.errors import ConfigError, PlanError
-from oslo_fusion.kernels import attention_routes
+from oslo_fusion.kernels import attention_routes, rope_sites
 from oslo_fusion.kernels.attention_routes import KIND, is_site
 from oslo_fusion.kernels.attention_routing import INTERFACE, ROUTING, RoutedConfig, Rule
 from oslo_fusion.ops import attention_backends
@@ -69,12 +69,6 @@ CAUSAL = ("gpt2", "llama", "qwen2", "mistral")
 def kernels_pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU that has kernels: the operator's reference runs, so its place in a model can be tested."""
     monkeypatch.setattr(attention_backends, "choices", lambda *where: {"auto": "triton"})
-
-
-@pytest.fixture
-def padding_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed calls will come."""
-    monkeypatch.setattr(FusionConfig, "padding_free", True, raising=False)
 
 
 @pytest.fixture
@@ -281,6 +275,25 @@ def test_the_view_reads_and_writes_the_real_one() -> None:
     assert not hasattr(view, "nothing_of_this_name")
 
 
+@pytest.mark.usefixtures("kernels_pretended")
+def test_beside_the_rotary_donor_on_the_same_module(counted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One changes the forward, the other what it finds in its configuration: two claims, and both go back."""
+    monkeypatch.setattr(rope_sites, "choices", lambda *where: {"auto": "triton"})
+    model = model_of("llama")
+    twin = copy.deepcopy(model)
+    fuse(model, custom_cuda_kernels=["FusedRoPE", "FusedAttention"])
+    rows = [row for row in oslo_fusion.report(model).rows if row.room == "kernels"]
+    assert [row.outcome for row in rows] == ["fused"] * 4
+    assert {path for row in rows for path in row.claims} >= {"model.layers.0.self_attn", "model.layers.0.self_attn.config"}
+    assert isinstance(model.model.layers[0].self_attn, rope_sites.FusedRoPEAttention)
+    counted.clear()
+    assert_same(model, twin, batch("llama", "left"))
+    assert counted == [OURS] * 2
+    oslo_fusion.restore(model)
+    attention = model.model.layers[0].self_attn
+    assert (type(attention), attention.config) == (type(twin.model.layers[0].self_attn), model.config)
+
+
 def test_surgery_gives_a_replaced_attribute_back() -> None:
     class Put:
         def __init__(self, module: Any, settings: Any) -> None:
@@ -324,7 +337,6 @@ def packed(name: str) -> tuple[dict[str, Any], list[Tensor]]:
     return {**given, "max_length_q": max(LENGTHS), "max_length_k": max(LENGTHS)}, texts
 
 
-@pytest.mark.usefixtures("padding_free")
 @pytest.mark.parametrize(
     ("name", "compiled"),
     [*((name, False) for name in ("bert", "roberta", "gpt2", "llama", "qwen2", "mistral")), ("bert", True), ("mistral", True)],
@@ -337,7 +349,7 @@ def test_packed_sequences_are_the_sequences(
     changes = {"sliding_window": 3} if name == "mistral" else {}
     model = model_of(name, **changes).double()
     twin = copy.deepcopy(model)
-    rows = fuse(model, custom_cuda_kernels=[], memory_efficient_fusion=compiled)
+    rows = fuse(model, custom_cuda_kernels=[], padding_free=True, memory_efficient_fusion=compiled)
     assert [row.outcome for row in rows] == ["fused"] * 2
     assert "kept for packed calls" in rows[0].reason
     given, texts = packed(name)
@@ -355,10 +367,9 @@ def test_packed_sequences_are_the_sequences(
             torch.testing.assert_close(ours.grad / scale, theirs.grad / scale, rtol=0, atol=1e-9, msg=path)
 
 
-@pytest.mark.usefixtures("padding_free")
 def test_packed_calls_that_make_no_sense_are_errors() -> None:
     model = model_of("bert")
-    fuse(model)
+    fuse(model, padding_free=True)
     given, _ = packed("bert")
     with pytest.raises(ConfigError, match="max_length_k: received None"):
         model(**{**given, "max_length_k": None})
@@ -372,11 +383,10 @@ def test_packed_calls_that_make_no_sense_are_errors() -> None:
         model(**{**given, "cu_seq_lens_q": given["cu_seq_lens_q"] + 1})
 
 
-@pytest.mark.usefixtures("padding_free")
 def test_without_kernels_only_packed_calls_are_ours(counted: list[str]) -> None:
     model = model_of("bert")
     twin = copy.deepcopy(model)
-    fuse(model)
+    fuse(model, padding_free=True)
     counted.clear()
     assert torch.equal(model(**batch("bert", "right")).loss, twin(**batch("bert", "right")).loss)
     assert counted == []
@@ -425,6 +435,24 @@ def test_in_compiled_layers(name: str, budget: float, monkeypatch: pytest.Monkey
         assert_same(model, twin, batch(name, padding))
     runtime = next(row.runtime for row in oslo_fusion.report(model).rows if row.room == "aot")
     assert (len(runtime.graphs), runtime.breaks) == (2, ())
+
+
+@pytest.mark.usefixtures("kernels_pretended", "_fresh_compiler")
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_a_whole_model_takes_what_is_chosen_without_a_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced, transformers makes a mask of every call; one that says nothing is not what a backend is chosen for."""
+    monkeypatch.setattr(aot_room, "COMPILER", "eager")
+    model = model_of(name)
+    model.config.use_cache = False
+    twin = copy.deepcopy(model)
+    fuse(model, memory_efficient_fusion={"scope": "model"})
+    counts: list[int] = []
+    real = masks.simplify_masks
+    monkeypatch.setattr("oslo_fusion.aot.backend.simplify_masks", lambda graph: counts.append(real(graph)))
+    assert_same(model, twin, batch(name))
+    assert sum(counts) == LAYERS
+    assert_same(model, twin, batch(name, "right"))
+    assert sum(counts) == LAYERS, "a mask that is an input stays"
 
 
 @pytest.mark.usefixtures("kernels_pretended", "_fresh_compiler")
@@ -548,14 +576,14 @@ def test_models_obey_the_law_on_a_gpu(name: str, dtype: torch.dtype, compiled: b
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("padding_free", "_fresh_compiler")
+@pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("name", WIDE)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_packed_sequences_on_a_gpu(name: str, compiled: bool) -> None:
     """In half precision by the faster kernel: as far from float64 as the texts one by one are, twice that at most."""
     model = model_of(name, **WIDE[name]).to("cuda", torch.bfloat16)
     twin, exact = copy.deepcopy(model), copy.deepcopy(model).double()
-    fuse(model, custom_cuda_kernels=[], memory_efficient_fusion=compiled, autotune="full")
+    fuse(model, custom_cuda_kernels=[], padding_free=True, memory_efficient_fusion=compiled, autotune="full")
     given, texts = packed(name)
     given = {key: value.cuda() if isinstance(value, Tensor) else value for key, value in given.items()}
     more = {} if name == "bert" else {"use_cache": False}

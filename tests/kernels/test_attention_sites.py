@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import oslo_fusion
 from oslo_fusion.aot import room as aot_room
-from oslo_fusion.config import FusionConfig
 from oslo_fusion.errors import ConfigError
 from oslo_fusion.kernels import attention_sites
 from oslo_fusion.kernels.attention_sites import KIND, FusedRelativeAttention, is_site
@@ -347,10 +346,9 @@ def test_another_implementation_or_meaning_is_no_site(monkeypatch: pytest.Monkey
 def test_packed_sequences_of_an_encoder(compiled: bool, monkeypatch: pytest.MonkeyPatch, counted: list[Any]) -> None:
     """Without kernels too: each text is what it is alone, with a bias that begins anew in each."""
     monkeypatch.setattr(aot_room, "COMPILER", "eager")
-    monkeypatch.setattr(FusionConfig, "padding_free", True, raising=False)
     model = model_of().double()
     twin = copy.deepcopy(model)
-    rows = fuse(model, custom_cuda_kernels=[], memory_efficient_fusion=compiled)
+    rows = fuse(model, custom_cuda_kernels=[], memory_efficient_fusion=compiled, padding_free=True)
     found = {row.site.path.split(".")[0]: row.outcome for row in rows}
     assert found == {"encoder": "fused", "decoder": "refused"}
     lengths = (9, 1, 14)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oslo_fusion.aot.backend import keep_random_numbers
+from oslo_fusion.errors import ConfigError
+from oslo_fusion.ops.attention import attention
 from oslo_fusion.ops.attention_backends import (
     BACKENDS,
     CUDNN,
@@ -113,6 +116,30 @@ def test_flash_pads_odd_head_sizes_and_packs() -> None:
     out = run_packed(FLASH, q, k, v, offsets, offsets, (9, 9), scale=0.3, causal=True, window=5, dropout=0.1)
     assert (out.shape, type(out.grad_fn).__name__) == (q.shape, "FlashAttentionBackward0")
     assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
+
+
+def test_a_caller_may_name_the_kernel() -> None:
+    q, k, v = on_meta(dim=48)
+    for options, reason in (
+        ({"kernel": "fast"}, "received 'fast'. Allowed: triton, cudnn, flash, efficient"),
+        ({"kernel": FLASH}, "no kernel for meta"),
+        ({"kernel": FLASH, "alibi_slopes": torch.ones(4)}, "no alibi_slopes"),
+        ({"kernel": FLASH, "window": (3, 0)}, "no window but in packed sequences"),
+        ({"kernel": CUDNN, "causal": True, "key_mask": torch.ones(2, 21, dtype=torch.bool)}, "causal attention has no mask"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(reason)):
+            attention(q, k, v, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", VENDORS)
+def test_a_named_kernel_on_a_gpu(backend: str) -> None:
+    q, k, v = leaves(BF16, 3, 4, 4, 45, 64)
+    torch.testing.assert_close(attention(q, k, v, causal=True, kernel=backend), run(backend, q, k, v, scale=0.125, causal=True))
+    if backend == FLASH:
+        flat, offsets = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)], torch.arange(4, device="cuda").int() * 45
+        out = attention(*flat, cu_seqlens_q=offsets, max_seqlen_q=45, causal=True, kernel=backend)
+        torch.testing.assert_close(out.unflatten(0, (3, 45)).transpose(1, 2), run(backend, q, k, v, scale=0.125, causal=True))
 
 
 @pytest.mark.parametrize("target", [*OPERATORS.values(), torch.ops.aten._flash_attention_forward.default])
@@ -249,7 +276,7 @@ def test_dropout_drops_its_share_and_the_same_in_the_backward(backend: str, pack
     assert float(kept.std()) == pytest.approx(spread, rel=0.1)
     weight = torch.randn_like(out)
     (dv,) = torch.autograd.grad(out, v, weight)
-    # Both are the same sum over the elements that were kept, but for the rounding of each output; another mask is 20 times that off.
+    # Both are the same sum over the elements that were kept, but for the rounding of each output; another mask is far off.
     left, right = dv.double().sum(), (weight.double() * out.detach().double()).sum()
     assert float(left) == pytest.approx(float(right), rel=0, abs=3 * float(weight.double().norm()) * 2**-11)
     assert not torch.equal(function(), out), "another call, another mask"
