@@ -39,7 +39,7 @@ ATTENDED, COLUMNS, TEXT, NOWHERE = "attended", "columns", "text", ""
 """How a model numbers the tokens of a row where it is given no ``position_ids``: attended ones, columns of the batch, tokens
 that are not the padding token (from one after its number on, as RoBERTa does), or not at all."""
 
-_FINEST, _COARSEST, _SHARE = 64, 512, 64
+_FINEST, _COARSEST, _SHARE = 16, 512, 64
 _LONGEST = 512
 _OFFSETS = "cu_seq_lens_q"
 _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
@@ -53,9 +53,9 @@ _WITHOUT_CACHE = ("use_cache", "output_attentions", "logits_to_keep")
 def bucket(tokens: int) -> int:
     """The packed length for this many tokens: at least one more, and at most 64 different ones for each doubling.
 
-    Steps are a 64th of the power of two below, so from 4096 tokens on at most 1.6 % of the work is for nothing, and half of
-    that on average. They are no finer than 64, a tile of a matmul, and no coarser than 512, because the rest is a text of its
-    own, and attention grows with the square of a length.
+    Steps are a 64th of the power of two below, so from 1024 tokens on at most 1.6 % of the work is for nothing, and half of
+    that on average. They are no finer than 16, to which tensor cores want a matrix aligned, and no coarser than 512, because
+    the rest is a text of its own, and attention grows with the square of a length.
     """
     step = min(_COARSEST, max(_FINEST, (1 << (tokens.bit_length() - 1)) // _SHARE))
     return (tokens // step + 1) * step

@@ -164,6 +164,8 @@ def test_models_obey_the_law(name: str, side: str) -> None:
     assert_same(model, twin, batch(model, side=side))
     first_column = name in ("BertForSequenceClassification", "RobertaForSequenceClassification", "BertModel")
     first_column |= name == "DistilBertForSequenceClassification"
+    others = [row for row in oslo_fusion.report(model).rows if row.room == "jit"]
+    assert not any("compiles it" in row.reason for row in others), "nothing is compiled here"
     if side == "left" and first_column:
         assert list(calls(model).left) == ["padding at the beginning of a row, where this model's output is read"]
     else:
@@ -225,9 +227,9 @@ def test_what_is_not_packed_runs_as_it_was_and_is_said() -> None:
     ]
     for number, (arguments, reason) in enumerate(cases, 1):
         ours, theirs = model(**arguments), twin(**arguments)
-        assert torch.equal(ours.logits, theirs.logits), reason
+        assert torch.allclose(ours.logits, theirs.logits, atol=1e-6), reason
         if ours.loss is not None:
-            assert torch.equal(ours.loss, theirs.loss) or reason == "a row without", reason
+            assert torch.allclose(ours.loss, theirs.loss, equal_nan=True), reason
         assert any(reason in known for known in calls(model).left), (reason, calls(model).left)
         assert sum(calls(model).left.values()) == number
     assert calls(model).packed == 0
@@ -286,23 +288,21 @@ def test_hidden_states_tuples_and_batches_of_one() -> None:
     loss, logits = model(**given, return_dict=False)
     assert torch.equal(loss, ours.loss)
     assert torch.equal(logits, ours.logits)
-    wide = batch(model, (40,))
-    one = {name: F.pad(x, (0, 24), value=IGNORED if name == "labels" else 0) for name, x in wide.items()}
+    one = batch(model, (40,))
     with torch.no_grad():
-        assert model(**one).logits.shape == (1, 64, 131)  # 40 tokens want 64 places: nothing is gained
-        longer = {name: F.pad(x, (0, 1), value=IGNORED if name == "labels" else 0) for name, x in one.items()}
-        longer["position_ids"] = torch.arange(65)[None].clamp(max=63)
-        assert torch.allclose(model(**longer).loss, twin(**longer).loss)
-    assert calls(model).packed == 3
+        for more, packed in ((8, 2), (1, 3)):  # 40 tokens want 48 places: with 8 of padding nothing is gained
+            one = {name: F.pad(x, (0, more), value=IGNORED if name == "labels" else 0) for name, x in one.items()}
+            assert torch.allclose(model(**one).loss, twin(**one).loss)
+            assert calls(model).packed == packed
 
 
 def test_buckets() -> None:
     for tokens in (1, 63, 64, 65, 4095, 4096, 18_432, 65_535, 1_000_000):
         length = bucket(tokens)
         assert tokens < length <= tokens + 512
-        assert length % 64 == 0
-        assert length - tokens <= max(64, tokens / 64 + 1)
-    for low in (4096, 16_384, 32_768):
+        assert length % 16 == 0
+        assert length - tokens <= max(16, tokens / 64 + 1)
+    for low in (1024, 16_384, 32_768):
         assert len({bucket(tokens) for tokens in range(low, 2 * low)}) <= 65
 
 
