@@ -201,7 +201,7 @@ class Calls:
 
     def __str__(self) -> str:
         if not self.packed:
-            return "same outputs and gradients on a ragged batch; no call was packed yet"
+            return "same outputs and gradients on ragged batches; no call was packed yet"
         share = f"{self.computed / self.given:.0%} of the padded batch" if self.given else ""
         return f"{_count(self.packed, 'call')} packed: {self.tokens} tokens in {self.computed} places, {share}"
 
