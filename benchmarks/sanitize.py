@@ -188,6 +188,18 @@ def _products(cuda: bool) -> Iterator[Case]:
     yield from _over_rows("", kinds, LAYOUTS)
 
 
+def _mlps(cuda: bool) -> Iterator[Case]:
+    gated_mlp = _find("gated_mlp", "gated_mlp")
+    if gated_mlp is None:
+        return
+    # Inner widths of one part, and of two of which the second is narrower.
+    for (dim, inner), dtype, activation in zip(((13, 33), (48, 2112)), DTYPES, ("gelu", "silu"), strict=False):
+        draw = drawer(dtype)
+        weights = (draw(inner, dim) / dim, draw(inner, dim) / dim, draw(dim, inner) / inner)
+        run = functools.partial(_forward_and_backward, functools.partial(gated_mlp, activation=activation), lambda t: t, 0)
+        yield Case(f"gated_mlp, {activation}, {dim} and {inner}", (draw(3, 7, dim), *weights), run)
+
+
 def _rotations(cuda: bool) -> Iterator[Case]:
     rope = _find("rope", "rope")
     if rope is None:
@@ -273,7 +285,7 @@ def _losses(cuda: bool) -> Iterator[Case]:
         yield Case(f"linear_cross_entropy, {rows}×{dim}×{vocab}, {label} {models.dtype_name(dtype)}", tensors, run)
 
 
-OPERATIONS = (_norms, _products, _rotations, _bans, _attentions, _losses)
+OPERATIONS = (_norms, _products, _mlps, _rotations, _bans, _attentions, _losses)
 """Where the cases of an operation come from; one that this version does not have gives none."""
 
 

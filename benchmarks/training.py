@@ -12,7 +12,8 @@ Every provider lives in a process of its own, because Liger replaces transformer
 whether or not it is given one model. All processes start at once, hold their model at the same time and are asked in turn,
 round after round, because the host's speed drifts by more than the providers differ. A process that waits holds no memory of
 the device but its context, so that ten fit beside one another on 80 GiB: it gives its free memory back, its weights, of which
-it keeps a copy on the host, and its optimizer's state, which is zeros again when it goes on: the learning rate is 0 by then.
+it keeps a copy on the host (not on a larger device), and its optimizer's state, which is zeros again when it goes on: the
+learning rate is 0 by then.
 
 First steps of ``oslo_fusion memory-efficient`` and of whole models under ``torch.compile`` are cold: their caches of compiled
 code and of timings are empty. The others have what these left. All make theirs while nothing else runs.
@@ -62,9 +63,9 @@ CONFIG = {"kernel_fusion": {"enable": True, "custom_cuda_kernels": "all"}}
 LOSS = {"kernel_fusion": {"enable": True, "custom_cuda_kernels": ["all", "FusedLinearCrossEntropy"]}}
 
 
-def compiled(budget: float, scope: str = "layer", **more: Any) -> dict[str, Any]:
+def compiled(budget: float, scope: str = "layer", cuda_graphs: bool = False, **more: Any) -> dict[str, Any]:
     """Layers, or all below the head, compiled under a memory budget, and the fused loss."""
-    block = {"scope": scope, "activation_memory_budget": budget}
+    block = {"scope": scope, "activation_memory_budget": budget, "cuda_graphs": cuda_graphs}
     kernels = ["all", "FusedLinearCrossEntropy"]
     return {"kernel_fusion": {"enable": True, "memory_efficient_fusion": block, "custom_cuda_kernels": kernels, **more}}
 
@@ -85,13 +86,14 @@ DIAL = (0.0, 0.1, 0.25, 0.5, 0.75)
 COMPILED = {BEST: 1.0, **{f"{BEST} at {budget:g}": budget for budget in DIAL}, BEST + CHECKPOINTING: 1.0}
 WHOLE = ("compile", "liger compile")
 OURS_WHOLE = f"{BEST} whole"
+CAPTURED = f"{BEST} captured"
 PADDING_FREE = f"{BEST} padding-free"
 PEERS = (EAGER, EAGER + CHECKPOINTING, "liger kernels", "liger", "liger" + CHECKPOINTING, *WHOLE)
-PROVIDERS = (*PEERS, OURS, OURS_LOSS, "oslo_fusion", *COMPILED, OURS_WHOLE, PADDING_FREE)
+PROVIDERS = (*PEERS, OURS, OURS_LOSS, "oslo_fusion", *COMPILED, OURS_WHOLE, CAPTURED, PADDING_FREE)
 """``oslo_fusion kernels``: what ``custom_cuda_kernels: all`` gives, without the TorchScript room; ``and loss``: with
 ``FusedLinearCrossEntropy`` too. ``oslo_fusion``: every room. ``memory-efficient``: layers compiled, and the fused loss; ``at``:
 with this ``activation_memory_budget``, else 1; ``whole``: with ``scope: model``, all below the head in one graph;
-``padding-free``: with ``padding_free: true``. ``compile``:
+``captured``: that, and its launches as CUDA graphs; ``padding-free``: with ``padding_free: true``. ``compile``:
 ``model.compile()``. ``liger kernels``: norms, gated product and rotary embedding, like with like. ``liger``: its fused linear
 cross entropy too. ``checkpointing``: with transformers' ``gradient_checkpointing_enable()``."""
 
@@ -103,6 +105,7 @@ RECORDED = 3
 LEARNING_RATE = 1e-4  # of the recorded steps, so that a wrong gradient shows in the next loss; then 0, and the weights stay
 LAW = torch.finfo(torch.bfloat16).eps
 IGNORED = -100  # a label that counts nowhere
+ROOMY = 120 << 30  # bytes of a device on which ten models fit beside the largest step
 PARTS = 8  # of the batch, for the float32 answers
 SAMPLE = 1 << 18  # numbers that are compared of one gradient
 PROFILED = {"device_ms": 1, "host_ms": 1, "launches": 0}  # columns from the profile, and their digits
@@ -161,6 +164,8 @@ def apply_provider(name: str, model: Any) -> None:
         engine.initialize(model, compiled(COMPILED[name]))
     elif name == OURS_WHOLE:
         engine.initialize(model, compiled(1.0, "model"))
+    elif name == CAPTURED:
+        engine.initialize(model, compiled(1.0, "model", cuda_graphs=True))
     elif name == PADDING_FREE:
         engine.initialize(model, compiled(1.0, padding_free=True))
     elif name.startswith("liger"):
@@ -175,8 +180,9 @@ def apply_provider(name: str, model: Any) -> None:
 def build(load: Workload) -> nn.Module:
     """The workload's model, without the cache of keys and values."""
     model = load.build()
-    config: Any = model.config
-    config.use_cache = False
+    for module in model.modules():  # T5's decoder has a configuration of its own
+        if hasattr(module, "config"):
+            module.config.use_cache = False
     return model
 
 

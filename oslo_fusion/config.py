@@ -55,6 +55,8 @@ class MemoryEfficientFusion:
             ``FusedLinearCrossEntropy`` all below the head.
         replacements: ``package.module:name`` of each :class:`oslo_fusion.aot.Replacement` to use: one's own kernels in
             place of patterns.
+        cuda_graphs: capture what forward and backward launch in training as a CUDA graph each, per shape, and replay them: the
+            host no longer limits small layers. Needs ``scope: model``, and shapes that come again.
 
     Raises:
         ConfigError: a field has the wrong type or a value that is not allowed.
@@ -63,6 +65,7 @@ class MemoryEfficientFusion:
     activation_memory_budget: float = 1.0
     scope: str = "layer"
     replacements: tuple[str, ...] = ()
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         path = f"{AOT_BLOCK}.activation_memory_budget"
@@ -77,6 +80,11 @@ class MemoryEfficientFusion:
         object.__setattr__(self, "activation_memory_budget", float(budget))
         if not isinstance(scope, str) or scope not in SCOPES:
             raise _wrong(f"{AOT_BLOCK}.scope", scope, " | ".join(SCOPES), _nearest(scope, SCOPES))
+        if not isinstance(self.cuda_graphs, bool):
+            raise _wrong(f"{AOT_BLOCK}.cuda_graphs", self.cuda_graphs, "true or false", "write true or false, without quotes")
+        if self.cuda_graphs and scope != "model":
+            remedy = "scope: model, or cuda_graphs: false"
+            raise _wrong(f"{AOT_BLOCK}.cuda_graphs", f"true with scope: {scope}", "true with scope: model", remedy)
         path = f"{AOT_BLOCK}.replacements"
         if isinstance(names, (str, bytes)) or not isinstance(names, Sequence):
             raise _wrong(path, names, "a list of 'package.module:name'", "write replacements: [my_package.kernels:gated]")

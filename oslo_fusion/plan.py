@@ -113,8 +113,8 @@ class Runtime(Protocol):
         """In the report this takes the place of the row's reason."""
         ...
 
-    def refusals(self) -> tuple[Proposal, ...]:
-        """Rows for what turned out not to go."""
+    def rows(self) -> tuple[Proposal, ...]:
+        """Rows for what turned out to go, or not to."""
         ...
 
 

@@ -36,7 +36,7 @@ class FusionReport:
         """One row per site, in the plan's order, with what has been found since the model ran."""
         rows = [row if row.runtime is None else replace(row, reason=str(row.runtime)) for row in self.plan.proposals]
         for runtime in {id(row.runtime): row.runtime for row in rows if row.runtime is not None}.values():
-            rows += runtime.refusals()
+            rows += runtime.rows()
         return tuple(rows)
 
     @property

@@ -73,7 +73,7 @@ def test_memory_efficient_fusion_is_a_switch_or_a_block() -> None:
     on = parse_config(aot({})).fusion
     assert on == FusionConfig(enable=True, memory_efficient_fusion=True)
     assert on.aot == MemoryEfficientFusion(1.0, "layer")
-    block = {"activation_memory_budget": 0, "scope": "model", "replacements": ["package.module:name"]}
+    block = {"activation_memory_budget": 0, "scope": "model", "replacements": ["package.module:name"], "cuda_graphs": True}
     parsed = parse_config(OmegaConf.create(aot(block))).fusion
     assert parsed.to_dict()["memory_efficient_fusion"] == block
     assert parse_config({"kernel_fusion": parsed.to_dict()}).fusion == parsed
@@ -100,6 +100,8 @@ def test_memory_efficient_fusion_is_a_switch_or_a_block() -> None:
         ({"kernel_fusion": {"paddingfree": True}}, ["did you mean padding_free?"]),
         ({"kernel_fusion": {"memory_efficient_fusion": "yes"}}, ["kernel_fusion.memory_efficient_fusion", "'yes' (str)"]),
         ({"kernel_fusion": {"memory_efficient_fusion": None}}, ["memory_efficient_fusion", "None", "activation_memory_budget"]),
+        (aot({"cuda_graphs": 1}), ["kernel_fusion.memory_efficient_fusion.cuda_graphs", "true or false"]),
+        (aot({"cuda_graphs": True}), ["kernel_fusion.memory_efficient_fusion.cuda_graphs", "scope: layer", "scope: model"]),
         (aot({"scope": "layers"}), ["kernel_fusion.memory_efficient_fusion.scope", "layer | model", "did you mean layer?"]),
         (aot({"activation_memory_budget": 1.5}), ["memory_efficient_fusion.activation_memory_budget", "1.5", "0 to 1"]),
         (aot({"activation_memory_budget": 50}), ["50 (int)", "50 % is 0.5"]),

@@ -5,14 +5,17 @@ The class is left alone, because transformers keys its recorders by it.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from oslo_fusion.aot.layer import has_hooks_inside, is_traced
 from oslo_fusion.aot.programs import Programs
+from oslo_fusion.graphs import TrainingGraphs
 from oslo_fusion.surgery import Standing
 
 
@@ -33,6 +36,8 @@ class _Method(Standing):
 class CompiledForward(_Method):
     """The whole forward in one compiled form.
 
+    With ``graphs`` in the settings what it launches in training is captured and replayed, where that can be done.
+
     The original runs wherever it does for a layer; where a key/value cache is handed in; and where hidden states or attentions
     are asked for, which transformers records by hooks.
     """
@@ -47,7 +52,15 @@ class CompiledForward(_Method):
             return original(*args, **kwargs)
         if has_hooks_inside(original.__self__, programs.record):
             return original(*args, **kwargs)
-        return programs.run(original.__func__, (self.name, self.settings["part"]), original.__self__, *args, **kwargs)
+        module, key = original.__self__, (self.name, self.settings["part"])
+        graphs: TrainingGraphs | None = self.settings["graphs"]
+        if graphs is None or not module.training or not torch.is_grad_enabled():
+            return programs.run(original.__func__, key, module, *args, **kwargs)
+        if torch.is_autocast_enabled(next(module.parameters()).device.type):
+            programs.record.leave("autocast: what casts the weights is not captured as a CUDA graph")
+            return programs.run(original.__func__, key, module, *args, **kwargs)
+        run = functools.partial(programs.run, original.__func__, key, module)
+        return graphs.run(run, module, args, kwargs, programs.record.leave)
 
 
 class UncompiledGenerate(_Method):

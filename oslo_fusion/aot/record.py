@@ -43,6 +43,8 @@ class Graph:
         version: 0 for the first of its function; more is a recompile.
         reason: why the earlier versions did not fit.
         ended_by: the break at the graph's end, None where it ends with its function.
+        parts: gated MLPs in it whose backward runs in parts.
+        whole: why it does not for others, each reason once.
     """
 
     program: str
@@ -51,6 +53,8 @@ class Graph:
     version: int = 0
     reason: str = ""
     ended_by: Break | None = None
+    parts: int = 0
+    whole: tuple[str, ...] = ()
 
 
 @dataclass
@@ -90,9 +94,19 @@ class Record:
         """The last version of each function that has as many as Dynamo allows: where none fits, it runs uncompiled."""
         return tuple(graph for graph in self.graphs if graph.version == VERSIONS - 1)
 
-    def refusals(self) -> tuple[Proposal, ...]:
-        """A row per break, which runs as plain Python between two graphs, and per function with too many versions."""
+    def rows(self) -> tuple[Proposal, ...]:
+        """A row per function with gated MLPs, where the dial is low; per break, which runs as plain Python between two graphs;
+        and per function with too many versions.
+        """
         rows = []
+        for program in dict.fromkeys(graph.program for graph in self.graphs):
+            site, before = Site(program, "gated MLP", "-"), "backward whole"
+            graphs = [graph for graph in self.graphs if graph.program == program]
+            if any(graph.parts for graph in graphs):
+                reason = "at this budget: three tensors of a part of its width in memory, where six of the whole would be"
+                rows.append(Proposal(site, ROOM, before, "backward in parts", "fused", reason))
+            for reason in dict.fromkeys(reason for graph in graphs for reason in graph.whole):
+                rows.append(Proposal(site, ROOM, before, before, "refused", reason))
         for broken in self.breaks:
             site = Site(f"{Path(broken.file).name}:{broken.line}" if broken.file else "somewhere", "graph break", "-")
             rows.append(Proposal(site, ROOM, "one graph", "eager here, graphs around it", "refused", str(broken)))

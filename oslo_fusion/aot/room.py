@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from oslo_fusion.aot.layer import CompiledLayer
 from oslo_fusion.aot.layers import Repeated, repeated_layers
@@ -17,6 +17,7 @@ from oslo_fusion.aot.record import ROOM
 from oslo_fusion.config import AOT_BLOCK, FusionConfig, MemoryEfficientFusion
 from oslo_fusion.decide import placement, refuse
 from oslo_fusion.environment import Environment
+from oslo_fusion.graphs import TrainingGraphs
 from oslo_fusion.plan import NOTHING_TAKEN, Proposal, Site, Swap, Taken, leave
 
 LAYER, WHOLE = "repeated layer", "whole forward"
@@ -90,8 +91,26 @@ def _propose_whole(path: str, module: nn.Module, programs: Programs, environment
     reason = _obstacle(module, environment)
     if reason:
         return refuse(ROOM, site, "eager", reason)
-    swap = Swap(path, CompiledForward, {"programs": programs, "part": path}, CompiledForward.name)
-    return _proposal(site, "eager", f"one compiled function, {_describe(programs.settings)}", swap, programs)
+    graphs, how = None, ""
+    if programs.settings.cuda_graphs:
+        reason = _not_captured(module)
+        graphs, how = (
+            (None, f", no CUDA graphs: {reason}") if reason else (TrainingGraphs(), ", training captured as CUDA graphs")
+        )
+    swap = Swap(path, CompiledForward, {"programs": programs, "part": path, "graphs": graphs}, CompiledForward.name)
+    return _proposal(site, "eager", f"one compiled function, {_describe(programs.settings)}{how}", swap, programs)
+
+
+def _not_captured(module: nn.Module) -> str:
+    """Why a module's training cannot be captured; empty if it can."""
+    devices = {p.device for p in module.parameters()}
+    if any(device.type != "cuda" for device in devices):
+        return "its parameters are not on a CUDA device"
+    if len(devices) > 1:
+        return "its parameters are on several devices"
+    if any(type(p.data) is not Tensor for p in module.parameters()):
+        return "its parameters are sharded"
+    return ""
 
 
 def _rows_with_generate(rows: Sequence[Proposal], model: nn.Module, programs: Programs) -> Iterator[Proposal]:

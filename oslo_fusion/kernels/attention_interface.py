@@ -2,7 +2,8 @@
 
 The same meaning: causal without a mask where the module or the call says so and there is more than one query, then over the
 first keys only (an empty static cache has more); groups of heads; boolean masks. What the plan does not know, a mask that is
-added, a bias, or attentions that are asked for, is handed to transformers' function as it came.
+added, a bias, or attentions that are asked for, is handed to transformers' function as it came. Whether the process has
+switched a backend off (``torch.nn.attention.sdpa_kernel``) is asked when the plan is made, not at each call.
 
 Packed calls, of a batch of one, carry the names of transformers' ``FlashAttentionKwargs``: ``cu_seq_lens_q`` and
 ``cu_seq_lens_k`` (int32, on the device), ``max_length_q`` and ``max_length_k`` (numbers). The offsets alone describe the
@@ -124,7 +125,7 @@ def _choose(routing: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) 
     if not torch.compiler.is_compiling() and not _can_be_launched(q, k, v, mask):
         return SDPA
     kind, dtype = q.device.type, q.dtype
-    if torch.is_autocast_enabled(kind):
+    if _autocasts(kind) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
     elif k.dtype != dtype or v.dtype != dtype:
         return SDPA
@@ -144,10 +145,14 @@ def _is_causal(module: nn.Module, given: bool | None) -> bool:
     return bool(getattr(module, "is_causal", True)) if given is None else bool(given)
 
 
+def _autocasts(kind: str) -> bool:
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # torch raises for devices that it cannot cast on
+
+
 def _cast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What autocast makes of them for ``F.scaled_dot_product_attention``, and not for the operators beneath."""
     kind = q.device.type
-    if not torch.is_autocast_enabled(kind) or q.dtype == torch.float64:
+    if not _autocasts(kind) or q.dtype == torch.float64:
         return q, k, v
     dtype = torch.get_autocast_dtype(kind)
     return q.to(dtype), k.to(dtype), v.to(dtype)

@@ -198,7 +198,36 @@ def _glu_bwd_kernel(
     tl.store(dup_ptr + at, (dh * a).to(dup_ptr.dtype.element_ty), mask=mask)
 
 
-_FORWARD, _BACKWARD = Kernel(_glu_fwd_kernel), Kernel(_glu_bwd_kernel)
+@triton.jit(do_not_specialize=["dh_row_units", "gate_row_units", "up_row_units", "count_units"])
+def _glu_bwd_in_place_kernel(
+    dh_ptr,
+    gate_ptr,
+    up_ptr,
+    dh_row_units,
+    gate_row_units,
+    up_row_units,
+    count_units,
+    ACTIVATION: tl.constexpr,
+    HALF: tl.constexpr,
+    DIM: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Each number is read and written by one thread, which reads first: dh becomes h, gate dgate, up dup."""
+    rows, cols, mask = _tile(count_units, DIM, UNIT, ROWS, BLOCK)
+    dh_at, gate_at = dh_ptr + (rows * dh_row_units * UNIT + cols), gate_ptr + (rows * gate_row_units * UNIT + cols)
+    up_at = up_ptr + (rows * up_row_units * UNIT + cols)
+    dh = tl.load(dh_at, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_at, mask=mask, other=0.0).to(tl.float32)
+    a, slope = _activate_with_slope(gate, ACTIVATION, HALF)
+    tl.store(gate_at, (dh * up * slope).to(gate_ptr.dtype.element_ty), mask=mask)
+    tl.store(up_at, (dh * a).to(up_ptr.dtype.element_ty), mask=mask)
+    tl.store(dh_at, (a * up).to(dh_ptr.dtype.element_ty), mask=mask)
+
+
+_FORWARD, _BACKWARD, _IN_PLACE = Kernel(_glu_fwd_kernel), Kernel(_glu_bwd_kernel), Kernel(_glu_bwd_in_place_kernel)
 
 
 def launch_glu(gate: Tensor, up: Tensor, activation: str, blocks: GluBlocks | None = None) -> Tensor:
@@ -236,26 +265,41 @@ def launch_merged_glu_backward(dh: Tensor, gate: Tensor, up: Tensor, activation:
     return merged
 
 
+def launch_glu_backward_in_place(
+    dh: Tensor, gate: Tensor, up: Tensor, activation: str, blocks: GluBlocks | None = None
+) -> None:
+    """As :func:`oslo_fusion.ops.gated_mlp.glu_backward_in_place`: ``gate`` and ``up`` become their gradients, ``dh`` what they
+    were the factors of.
+
+    Args:
+        dh, gate, up: ``[rows, columns]`` of one dtype, not float64, of which each row lies in one piece.
+        activation: ``silu``, ``gelu`` or ``gelu_tanh``.
+        blocks: overrides the heuristic, for tuning.
+    """
+    _check(gate, up, activation)
+    _launch(_IN_PLACE, (dh, gate, up), (), activation, blocks)
+
+
 def _launch(
     kernel: Kernel, reads: tuple[Tensor, ...], writes: tuple[Tensor, ...], activation: str, blocks: GluBlocks | None
 ) -> None:
-    """Cut the work and launch it: as one line where every tensor is contiguous, else by rows."""
+    """Cut the work and launch it: as one line where every tensor is contiguous, else by rows. Without ``writes``, in place."""
     numel = reads[0].numel()
     if numel == 0:
         return
-    backward, strides = kernel is _BACKWARD, []
+    backward, strided = kernel is not _FORWARD, writes[: kernel is _BACKWARD]  # forward's result has no stride of its own
     if all(t.is_contiguous() for t in (*reads, *writes)):
         dim, unit = 0, math.gcd(16, numel)
-        strides, count = [0] * (len(reads) + backward), numel // unit
+        strides, count = [0] * (len(reads) + len(strided)), numel // unit
     else:
         dim = reads[0].shape[-1]
-        cut = [as_rows(t) for t in (*reads, *writes[:backward])]
+        cut = [as_rows(t) for t in (*reads, *strided)]
         reads, strides, count = tuple(t for t, _ in cut[: len(reads)]), [stride for _, stride in cut], numel // dim
         unit = stride_unit(*strides)
     if blocks is None:
         blocks = glu_blocks(numel, dim, reads[-1].element_size(), backward, device_facts(reads[0])[0])
     programs = -(-numel // blocks.columns) if dim == 0 else -(-count // blocks.rows) * -(-dim // blocks.columns)
-    half = all(t.element_size() == 2 for t in writes)
+    half = all(t.element_size() == 2 for t in writes or reads)
     with on_device(reads[0]):
         kernel(
             (programs,),

@@ -12,6 +12,8 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 import oslo_fusion
 from oslo_fusion import surgery
@@ -20,10 +22,10 @@ from oslo_fusion.aot import room as aot_room
 from oslo_fusion.errors import ConfigError, PlanError
 from oslo_fusion.kernels import attention_routes, rope_sites
 from oslo_fusion.kernels.attention_routes import KIND, is_site
-from oslo_fusion.kernels.attention_routing import INTERFACE, ROUTING, RoutedConfig, Rule
+from oslo_fusion.kernels.attention_routing import INTERFACE, ROUTING, Noted, RoutedConfig, Routing, Rule
 from oslo_fusion.ops import attention_backends
 from oslo_fusion.ops.attention_backends import OURS
-from oslo_fusion.plan import Swap
+from oslo_fusion.plan import Site, Swap
 from oslo_fusion.testing import assert_close_to_reference
 
 WORDS, WIDTH, LAYERS = 96, 32, 2
@@ -404,7 +406,7 @@ def _fresh_compiler() -> Any:
 
 @pytest.mark.usefixtures("kernels_pretended", "_fresh_compiler")
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
-def test_a_layer_is_one_graph_that_holds_the_operator(name: str) -> None:
+def test_a_model_is_one_graph_that_holds_its_attentions(name: str) -> None:
     model = model_of(name).eval()
     twin = copy.deepcopy(model)
     fuse(model)
@@ -416,14 +418,15 @@ def test_a_layer_is_one_graph_that_holds_the_operator(name: str) -> None:
 
     inner = {"bert": lambda m: m.bert, "gpt2": lambda m: m.transformer, "llama": lambda m: m.model}[name]
     given = {"input_ids": batch(name)["input_ids"]} | ({} if name == "bert" else {"use_cache": False})
+    masks.keep_masks_in_sight()
     compiled = torch.compile(inner(model), backend=keep, fullgraph=True)
     expected = inner(twin)(**given).last_hidden_state
     torch.testing.assert_close(compiled(**given).last_hidden_state, expected)
-    assert str(graphs[0].graph).count("oslo_fusion.attention") == LAYERS
+    assert len(graphs[0].graph.find_nodes(op="call_function", target=attention_backends.run_masked)) == LAYERS
 
 
 @pytest.mark.usefixtures("kernels_pretended", "_fresh_compiler")
-@pytest.mark.parametrize(("name", "budget"), [("bert", 0), ("gpt2", 1), ("llama", 0)])
+@pytest.mark.parametrize(("name", "budget"), [("bert", 0), ("llama", 1)])
 def test_in_compiled_layers(name: str, budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """One program for all layers, without a mask and with one; what is recomputed is the same."""
     monkeypatch.setattr(aot_room, "COMPILER", "eager")
@@ -437,11 +440,48 @@ def test_in_compiled_layers(name: str, budget: float, monkeypatch: pytest.Monkey
     assert (len(runtime.graphs), runtime.breaks) == (2, ())
 
 
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize(
+    ("backend", "masked"), [("cudnn", False), ("cudnn", True), ("flash", False), ("efficient", True), ("packed", False)]
+)
+def test_vendors_are_nodes_of_compiled_layers(backend: str, masked: bool) -> None:
+    """Without a device, so without numbers. With dropout each is called once, and its gradient once."""
+    graphs: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(str(graph.graph))
+        return graph
+
+    half, dropout = torch.bfloat16, 0.125
+    layer: Any = model_of("bert", attention_probs_dropout_prob=dropout).bert.encoder.layer[0].to("meta", half)
+    rules = (Rule(half, True, masked, ((0, backend),)),)
+    packs = ((half, "flash"),) if backend == "packed" else ()
+    routing = Routing("meta", 8, rules, packs, Noted("", Site("", "", ""), ""))
+    surgery.apply(layer, [Swap("attention.self", RoutedConfig, {"routing": routing}, "config", replaces=True)])
+    x = torch.empty(1 if packs else 2, 11, WIDTH, device="meta", dtype=half, requires_grad=True)
+    given: dict[str, Any] = {}
+    if masked:
+        given["attention_mask"] = torch.empty(2, 1, 11, 11, device="meta", dtype=torch.bool)
+    if packs:
+        offsets = torch.empty(4, device="meta", dtype=torch.int32)
+        given = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 5, "max_length_k": 5}
+    masks.keep_masks_in_sight()
+    partition = min_cut_rematerialization_partition
+    traced = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=partition)
+    compiled = torch.compile(layer.forward, backend=traced, fullgraph=True)
+    compiled(x, **given).sum().backward()
+    name = "aten._flash_attention_forward" if packs else f"aten._scaled_dot_product_{backend}_attention"
+    gradient = f"{name.removesuffix('_forward')}_backward"
+    forward, backward = graphs
+    assert (forward.count(f"{name}.default"), backward.count(f"{name}.default")) == (1, 0)
+    assert backward.count(f"{gradient}.default") == 1
+
+
 @pytest.mark.usefixtures("kernels_pretended", "_fresh_compiler")
-@pytest.mark.parametrize("name", ["gpt2", "bert"])
-def test_a_whole_model_takes_what_is_chosen_without_a_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_model_takes_what_is_chosen_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced, transformers makes a mask of every call; one that says nothing is not what a backend is chosen for."""
     monkeypatch.setattr(aot_room, "COMPILER", "eager")
+    name = "gpt2"
     model = model_of(name)
     model.config.use_cache = False
     twin = copy.deepcopy(model)
@@ -469,15 +509,14 @@ def test_other_lengths_are_no_other_graphs(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("kernels_pretended", "_fresh_compiler")
-@pytest.mark.parametrize("budget", [1, 0])
-def test_dropout_in_compiled_layers_is_the_same_in_the_backward(budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_in_compiled_layers_is_the_same_in_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """A directional derivative against finite differences, with the same draw: another mask in the backward is far off."""
     monkeypatch.setattr(aot_room, "COMPILER", "eager")
     model = model_of("bert", attention_probs_dropout_prob=0.3).double()
     monkeypatch.setattr(attention_routes, "dtypes_to_decide", lambda device, dtype: (dtype,))
     monkeypatch.setattr(attention_routes, "HALF", (torch.float64,))
     monkeypatch.setattr(attention_routes._Trial, "proof", lambda *_: "")  # in float64 the other is the truth itself
-    rows = fuse(model, memory_efficient_fusion={"activation_memory_budget": budget})
+    rows = fuse(model, memory_efficient_fusion={"activation_memory_budget": 0})
     assert {row.outcome for row in rows} == {"fused"}, rows[0].reason
     weight, given = model.bert.encoder.layer[0].attention.self.value.weight, batch("bert")
     direction = torch.randn_like(weight)
@@ -508,6 +547,23 @@ def test_the_nearest_length_decides() -> None:
     assert attention_routes._merged((128, 512, 2048), ("flash", "flash", "flash")) == ((0, "flash"),)
     rule = Rule(torch.float16, True, False, merged)
     assert [rule.winner(tokens) for tokens in (1, 1024, 1025, 9999)] == ["flash", "flash", "cudnn", "cudnn"]
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_compiled_graph_is_made_anew_where_the_winner_changes() -> None:
+    rule, count = Rule(torch.float16, True, False, ((1024, "flash"), (0, "cudnn"))), [0]
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        count[0] += 1
+        return graph
+
+    @torch.compile(backend=backend)
+    def function(x: Tensor) -> Tensor:
+        return x + (1 if rule.winner(x.shape[0]) == "flash" else 2)
+
+    for tokens, graphs in ((100, 1), (200, 2), (900, 2), (1024, 2), (1025, 3), (4000, 3), (300, 3), (2000, 3)):
+        assert float(function(torch.zeros(tokens))[0]) == (1 if tokens <= 1024 else 2)
+        assert count[0] == graphs, tokens
 
 
 @pytest.mark.usefixtures("kernels_pretended")

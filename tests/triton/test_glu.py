@@ -11,6 +11,7 @@ from torch import Tensor
 
 from oslo_fusion.errors import ConfigError
 from oslo_fusion.ops import glu as op
+from oslo_fusion.ops.gated_mlp import glu_backward_in_place
 from oslo_fusion.ops.row_cases import ROW_CASES, drawer, draws_of
 from oslo_fusion.testing import assert_close_to_reference
 from oslo_fusion.triton import glu as kernels
@@ -104,6 +105,31 @@ def test_the_gradient_of_a_merged_projection_is_written_as_one(
     assert torch.equal(torch.autograd.grad(op._MergedGlu.apply(merged, "gelu", gate_first), merged, dh)[0], expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", list(op.ACTIVATIONS))
+@pytest.mark.parametrize("dim", [13, 272])
+def test_in_place_three_tensors_become_the_gradients_and_the_product(
+    dim: int, activation: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Whole tensors, and halves of one memory whose rest stays as it is. Gradients are the bits of the backward's kernel."""
+    draw = drawer(dtype, device)
+    given = [draw(37, dim), 2 * draw(37, dim), draw(37, dim)]
+    wide, plain, whole = [t.double() for t in given], [t.clone() for t in given], [t.clone() for t in given]
+    for tensors in (wide, plain):
+        glu_backward_in_place(*tensors, activation)
+    both = torch.full((37, 2 * dim + 3), 7.0, dtype=dtype, device=device)
+    halves = [given[0].clone(), both[:, :dim], both[:, dim : 2 * dim]]
+    for half, t in zip(halves[1:], given[1:], strict=True):
+        half.copy_(t)
+    for tensors in (whole, halves):
+        kernels.launch_glu_backward_in_place(*tensors, activation)
+        for mine, theirs, truth in zip(tensors, plain, wide, strict=True):
+            assert_close_to_reference(mine, theirs, truth, "in place")
+        for mine, theirs in zip(tensors[1:], kernels.launch_glu_backward(*given, activation), strict=True):
+            assert torch.equal(mine, theirs)
+    assert bool((both[:, 2 * dim :] == 7.0).all())
+
+
 @pytest.mark.usefixtures("poisoned")
 def test_mixed_dtypes(device: torch.device) -> None:
     for gate_dtype, up_dtype, dh_dtype in (
@@ -150,6 +176,8 @@ def test_launchers_check_first(device: torch.device) -> None:
         kernels.launch_glu(x, x[:1], "silu")
     with pytest.raises(ConfigError, match="activation: received 'relu'"):
         kernels.launch_glu_backward(x, x, x, "relu")
+    with pytest.raises(ConfigError, match="up: received shape"):
+        kernels.launch_glu_backward_in_place(x, x, x[:1], "silu")
 
 
 DIMS = (1, 13, 768, 1000, 4097, 11008, 14336, 18944)
@@ -188,8 +216,11 @@ def signature(kernel: Any, dtype: str) -> dict[str, str]:
 def test_kernels_compile_for_every_target(
     dim: int, activation: str, dtype: str, compile_for_all_targets: Callable[..., Any]
 ) -> None:
-    for kernel, backward in ((kernels._glu_fwd_kernel, False), (kernels._glu_bwd_kernel, True)):
-        for numel in (1 << 26, 1 << 12):
+    for kernel in (kernels._glu_fwd_kernel, kernels._glu_bwd_kernel, kernels._glu_bwd_in_place_kernel):
+        in_place, backward = kernel is kernels._glu_bwd_in_place_kernel, kernel is not kernels._glu_fwd_kernel
+        if in_place and dim not in (0, 768):
+            continue  # what it is launched on is as wide as a multiple of 128, but for small tensors
+        for numel in (1 << 26, 1 << 12)[: 1 if in_place else 2]:
             blocks = glu_blocks(numel, dim, TYPES[dtype], backward, 132)
             unit = 1 if dim % 8 else 8 if dim % 16 else 16
             formula = {"ACTIVATION": activation, "HALF": dtype == "bf16"}

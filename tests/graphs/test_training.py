@@ -1,0 +1,233 @@
+"""Forward and backward captured as CUDA graphs: the answers of the uncaptured function, whatever the caller does between."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from oslo_fusion import initialize, report
+from oslo_fusion.graphs import TrainingGraphs
+from oslo_fusion.graphs.training import WARM_CALLS
+from oslo_fusion.models import build_model
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+
+class Two(nn.Module):
+    """Two results, one without a gradient."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.first, self.second, self.dropout = nn.Linear(16, 32), nn.Linear(32, 16), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, flag: bool = True) -> dict[str, Any]:
+        hidden = self.dropout(torch.relu(self.first(x)))
+        return {"result": self.second(hidden), "mask": hidden > 0 if flag else None}
+
+
+class Runner:
+    """A module, its graphs, and what was noted."""
+
+    def __init__(self, module: nn.Module, **options: Any) -> None:
+        self.module, self.graphs, self.notes = module, TrainingGraphs(**options), list[str]()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.graphs.run(self.module, self.module, args, kwargs, self.notes.append)
+
+    def warm(self, *args: Any) -> None:
+        for _ in range(WARM_CALLS):
+            self(*args)["result"].sum().backward()
+        self.module.zero_grad()
+        for x in args:
+            x.grad = None
+
+
+def answers(call: Any, module: nn.Module, x: Tensor) -> list[Tensor]:
+    module.zero_grad()
+    x = x.detach().requires_grad_()
+    result = call(x)["result"]
+    result.square().sum().backward()
+    return [result.detach(), x.grad, *(p.grad.clone() for p in module.parameters())]
+
+
+def test_copies_and_pickles_begin_without_graphs() -> None:
+    graphs = TrainingGraphs(3)
+    for other in (copy.deepcopy(graphs), pickle.loads(pickle.dumps(graphs))):
+        assert other.most_shapes == 3
+        assert other.captured == 0
+
+
+def test_what_is_no_tensor_and_no_number_runs_as_it_was() -> None:
+    class Other:
+        pass
+
+    class Adding(nn.Linear):
+        def forward(self, x: Tensor, other: Other | None = None) -> Tensor:
+            return x + 1
+
+    run = Runner(Adding(1, 1))
+    torch.testing.assert_close(run(torch.ones(2), Other()), torch.full((2,), 2.0))
+    torch.testing.assert_close(run(torch.ones(1).expand(2)), torch.full((2,), 2.0))
+    assert "a Other" in run.notes[0]
+    assert "expanded" in run.notes[1]
+
+
+@gpu
+@needs_gpu
+def test_replays_give_the_answers_of_the_function() -> None:
+    torch.manual_seed(0)
+    module = Two().cuda()
+    run = Runner(module)
+    for _ in range(WARM_CALLS + 3):
+        x = torch.randn(8, 16, device="cuda")
+        for ours, theirs in zip(answers(run, module, x), answers(module, module, x), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert run.graphs.captured == 1
+    assert not run.notes
+
+
+@gpu
+@needs_gpu
+def test_updates_in_place_and_moved_parameters_are_seen() -> None:
+    module = Two().cuda()
+    run = Runner(module)
+    x = torch.randn(8, 16, device="cuda")
+    run.warm(x.requires_grad_())
+    answers(run, module, x)
+    with torch.no_grad():
+        module.first.weight.mul_(2.0)
+    torch.testing.assert_close(answers(run, module, x), answers(module, module, x))
+    module.second.weight.data = module.second.weight.data.clone() * 3
+    torch.testing.assert_close(answers(run, module, x), answers(module, module, x))
+
+
+@gpu
+@needs_gpu
+def test_nothing_that_a_caller_keeps_is_overwritten() -> None:
+    module = Two().cuda()
+    run = Runner(module)
+    inputs = [torch.randn(8, 16, device="cuda", requires_grad=True) for _ in range(3)]
+    run.warm(inputs[0])
+    kept = []
+    for x in inputs:  # gradients are accumulated over three steps
+        made = run(x)
+        kept.append((made["result"].detach(), made["mask"], module(x)["result"].detach()))
+        made["result"].square().sum().backward()
+    ours = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    for x in inputs:
+        module(x)["result"].square().sum().backward()
+    torch.testing.assert_close(ours, [p.grad for p in module.parameters()])
+    for result, mask, expected in kept:
+        torch.testing.assert_close(result, expected)
+        assert mask.dtype == torch.bool
+
+
+@gpu
+@needs_gpu
+def test_two_forwards_before_a_backward() -> None:
+    module = Two().cuda()
+    run = Runner(module)
+    a, b = (torch.randn(8, 16, device="cuda", requires_grad=True) for _ in range(2))
+    run.warm(a)
+    (run(a)["result"] * run(b)["result"]).sum().backward()
+    ours = [a.grad.clone(), b.grad.clone(), *(p.grad.clone() for p in module.parameters())]
+    module.zero_grad()
+    a.grad = b.grad = None
+    (module(a)["result"] * module(b)["result"]).sum().backward()
+    torch.testing.assert_close(ours, [a.grad, b.grad, *(p.grad for p in module.parameters())])
+    assert "outside of the CUDA graph" in run.notes[0]
+    run.notes.clear()
+    run(a)  # dropped without a backward: the next one may be replayed again
+    run(b)
+    assert not run.notes
+
+
+@gpu
+@needs_gpu
+def test_a_second_backward_is_an_error() -> None:
+    module = Two().cuda()
+    run = Runner(module)
+    x = torch.randn(8, 16, device="cuda", requires_grad=True)
+    run.warm(x)
+    loss = run(x)["result"].sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+
+
+@gpu
+@needs_gpu
+def test_shapes_have_graphs_of_their_own_up_to_a_number() -> None:
+    module = Two().cuda()
+    run = Runner(module, most_shapes=2)
+    for size in (4, 8, 12):
+        x = torch.randn(size, 16, device="cuda", requires_grad=True)
+        run.warm(x)
+        torch.testing.assert_close(answers(run, module, x), answers(module, module, x))
+    assert run.graphs.captured == 2
+    assert "2 shapes" in run.notes[0]
+
+
+@gpu
+@needs_gpu
+def test_dropout_differs_from_replay_to_replay() -> None:
+    module = Two(0.5).cuda()
+    run = Runner(module)
+    x = torch.randn(64, 16, device="cuda", requires_grad=True)
+    run.warm(x)
+    masks = [run(x)["mask"] for _ in range(4)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])
+
+
+@gpu
+@needs_gpu
+def test_what_cannot_be_captured_runs_and_says_so() -> None:
+    module = Two().cuda()
+    plain = module.forward
+    module.forward = lambda x: plain(x) if float(x.sum()) != 0.5 else {}  # type: ignore[assignment]
+    run = Runner(module)
+    x = torch.randn(8, 16, device="cuda", requires_grad=True)
+    run.warm(x)
+    torch.testing.assert_close(answers(run, module, x), answers(module, module, x))
+    assert "cannot be captured" in run.notes[0]
+    a, b = torch.randn(64, device="cuda"), torch.randn(64, device="cuda")
+    assert not torch.equal(a, b), "random numbers go on"
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bert"])
+def test_models_train_captured_as_they_do_without(name: str) -> None:
+    def trained(cuda_graphs: bool) -> tuple[list[float], Any]:
+        model: Any = build_model(name, size="tiny", dtype="float32", device="cuda", seed=1).train()
+        model.config.use_cache = False
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        block = {"scope": "model", "cuda_graphs": cuda_graphs}
+        kernels = ["FusedLinearCrossEntropy"]
+        initialize(model, {"kernel_fusion": {"enable": True, "memory_efficient_fusion": block, "custom_cuda_kernels": kernels}})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        generator = torch.Generator().manual_seed(0)
+        losses = []
+        for _ in range(8):
+            ids = torch.randint(5, 500, (4, 16), generator=generator).cuda()
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss))
+        return losses, model
+
+    plain, _ = trained(False)
+    captured, model = trained(True)
+    torch.testing.assert_close(torch.tensor(captured), torch.tensor(plain), rtol=1e-4, atol=0.0)
+    said = str(report(model))
+    assert "captured" in said
