@@ -83,7 +83,7 @@ class Noted:
         if not torch.compiler.is_compiling() and reason not in self.left:
             self.left.append(reason)
 
-    def refusals(self) -> tuple[Proposal, ...]:
+    def rows(self) -> tuple[Proposal, ...]:
         """A row for each reason."""
         return tuple(Proposal(self.site, self.room, SDPA, SDPA, "refused", reason) for reason in self.left)
 

@@ -193,7 +193,7 @@ class Calls:
         self.computed += packing.length
         self.given += packing.shape[0] * packing.shape[1]
 
-    def refusals(self) -> tuple[Proposal, ...]:
+    def rows(self) -> tuple[Proposal, ...]:
         """A row per reason for which calls were not packed."""
         site = Site("some calls", "not packed", "-")
         reasons = [f"{reason} ({_count(number, 'call')})" for reason, number in self.left.items()]

@@ -471,6 +471,17 @@ def test_autocast_checkpointing_and_frozen_parameters() -> None:
     assert calls(model).packed == 2
 
 
+def test_a_users_own_compiler_sees_the_untouched_forward() -> None:
+    model = make("LlamaForCausalLM")
+    twin = copy.deepcopy(model)
+    fuse(model, custom_cuda_kernels=["all"])
+    given = batch(model)
+    torch._dynamo.reset()
+    assert torch.allclose(torch.compile(model, backend="eager", fullgraph=True)(**given).loss, twin(**given).loss)
+    assert (calls(model).packed, calls(model).left) == (0, {})
+    torch._dynamo.reset()
+
+
 def test_generate_is_untouched() -> None:
     model = make("LlamaForCausalLM").eval()
     twin = copy.deepcopy(model)
