@@ -88,8 +88,9 @@ class Batch:
     stray: bool
 
     @property
-    def rows(self) -> int:
-        return self.valid.shape[0]
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.valid.shape[0], self.valid.shape[1]
 
 
 def measure(mask: Tensor, labels: Tensor | None, shifted: bool) -> Batch:
@@ -129,6 +130,7 @@ class Packing:
 
     @property
     def length(self) -> int:
+        """Places, those of the rest included."""
         return self.source.shape[0]
 
     def packed(self, x: Tensor) -> Tensor:
@@ -166,7 +168,7 @@ def pack(batch: Batch) -> Packing:
     length, last = bucket(batch.tokens), batch.counts.shape[0] - 1
     wanted = torch.arange(1, length + 1, device=batch.counts.device)
     source = torch.searchsorted(batch.counts, wanted).clamp_(max=last)
-    return Packing(source, batch.tokens, (batch.rows, batch.valid.shape[1]))
+    return Packing(source, batch.tokens, batch.shape)
 
 
 # --- what was found at run time ----------------------------------------------------------------------------------------------
@@ -285,6 +287,8 @@ class PaddingFreeForward(Wrapping):
         if not isinstance(mask, Tensor) or not isinstance(ids, Tensor) or mask.dim() != 2 or mask.shape != ids.shape[:2]:
             shape = f" of shape {list(mask.shape)}" if isinstance(mask, Tensor) else ""
             return f"an attention_mask{shape} that is not one number per token"
+        if not mask.numel():
+            return "a batch of nothing"
         if not is_plain(mask, ids):
             return "tensors of a class of their own"
         for name, value in given.items():
@@ -315,7 +319,7 @@ class PaddingFreeForward(Wrapping):
     def _unfit(self, batch: Batch) -> str | None:
         """Why a batch is not packed."""
         size = batch.counts.shape[0]
-        if not batch.tokens or (batch.texts < batch.rows and not self.settings["empty"]):
+        if not batch.tokens or (batch.texts < batch.shape[0] and not self.settings["empty"]):
             return "a row without a token"
         if batch.tokens == size:
             return "a mask without padding"
@@ -344,9 +348,9 @@ class PaddingFreeForward(Wrapping):
             call["labels"] = packing.packed_labels(call["labels"].to(batch.ends.device), settings["shifted"])
         if settings["caches"] and "use_cache" in self.parameters:
             call["use_cache"] = False
-        self._sequences = max(self._sequences, batch.rows + 1)
+        self._sequences = max(self._sequences, packing.shape[0] + 1)
         self._longest = max(self._longest, _LONGEST, 1 << (batch.longest - 1).bit_length())
-        rest = self._sequences - batch.rows  # the rest, and texts without a token
+        rest = self._sequences - packing.shape[0]  # the rest, and texts without a token
         offsets = F.pad(batch.ends, (0, rest), value=packing.length).int()
         # Attention is told by the offsets. One that does not read them must not go unnoticed: it gets numbers that are none.
         call["attention_mask"] = torch.full((1, 1, 1, 1), float("nan"), device=batch.ends.device)

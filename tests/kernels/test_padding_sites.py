@@ -296,6 +296,14 @@ def test_hidden_states_tuples_and_batches_of_one() -> None:
             assert calls(model).packed == packed
 
 
+def test_a_batch_of_nothing() -> None:
+    model = make("BertForMaskedLM")
+    fuse(model)
+    given = {name: x[:0] for name, x in batch(model).items()}
+    assert model(**given).logits.shape == (0, 30, 131)
+    assert list(calls(model).left) == ["a batch of nothing"]
+
+
 def test_buckets() -> None:
     for tokens in (1, 63, 64, 65, 4095, 4096, 18_432, 65_535, 1_000_000):
         length = bucket(tokens)
