@@ -176,6 +176,28 @@ def _norms(cuda: bool) -> Iterator[Case]:
             yield from _over_rows(f"{name} in {kernel}", {", weight": kinds[", weight"]}, WIDE)
 
 
+def _post_norms(cuda: bool) -> Iterator[Case]:
+    norm = _find("dropout_add_layer_norm", "dropout_add_layer_norm")
+    if norm is None:
+        return
+
+    def call(dropout: float, x: Tensor, residual: Tensor, *vectors: Tensor) -> Tensor:
+        linear_bias, *parameters = vectors or (None,)
+        rng = torch.tensor([3, 5]).to(x.device) if dropout else None
+        y = norm(x, residual, *parameters, eps=EPS, dropout=dropout, linear_bias=linear_bias, rng=rng)
+        assert isinstance(y, Tensor)
+        return y
+
+    kinds: dict[str, tuple[Function, int, int]] = {
+        ", dropout": (functools.partial(call, 0.25), 2, 3),
+        ", no dropout": (functools.partial(call, 0.0), 2, 3),
+        ", dropout, no weight": (functools.partial(call, 0.25), 2, 0),
+    }
+    yield from _over_rows("dropout_add_layer_norm", kinds, LAYOUTS)
+    widest = {"2×8192": ((2, 8192), lambda t: t)}
+    yield from _over_rows("dropout_add_layer_norm", {", dropout": kinds[", dropout"]}, widest)
+
+
 def _products(cuda: bool) -> Iterator[Case]:
     swiglu, geglu = _find("glu", "swiglu"), _find("glu", "geglu")
     if swiglu is None or geglu is None:
@@ -285,7 +307,7 @@ def _losses(cuda: bool) -> Iterator[Case]:
         yield Case(f"linear_cross_entropy, {rows}×{dim}×{vocab}, {label} {models.dtype_name(dtype)}", tensors, run)
 
 
-OPERATIONS = (_norms, _products, _mlps, _rotations, _bans, _attentions, _losses)
+OPERATIONS = (_norms, _post_norms, _products, _mlps, _rotations, _bans, _attentions, _losses)
 """Where the cases of an operation come from; one that this version does not have gives none."""
 
 

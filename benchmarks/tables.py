@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-KERNELS = ("rms_norm", "layer_norm", "glu", "rope")
+KERNELS = ("rms_norm", "layer_norm", "dropout_add_layer_norm", "glu", "rope")
 MODES = ("forward", "forward+backward")
 LEVEL = 0.98  # as oslo_fusion.plan.WINNING_FRACTION: closer than this is a tie
 OURS = "ours"

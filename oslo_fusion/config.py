@@ -31,6 +31,7 @@ KERNELS = (
     "FusedGeGLU",
     "FusedRoPE",
     "FusedAttention",
+    "FusedDropoutAddNorm",
     "FusedLinearCrossEntropy",
     "FusedNoRepeatNGram",
 )

@@ -1,5 +1,8 @@
 """The passes, in the order in which they are asked. The order is meaning: what an earlier pass claims, a later one leaves.
 
+The end of a post-norm sublayer comes before the norms: its kernel has the norm inside, which alone would still read what the
+addition wrote.
+
 The kernels room comes before the TorchScript one: a gated product that both could fuse moves 16 bytes per thread and access
 there and 2 or 4 here, and what a kernel does not take (another activation, no win on this device) TorchScript still may. The
 AOT room comes before it too: it keeps out of what is compiled. Kernels stay inside, for what runs uncompiled there.
@@ -13,10 +16,11 @@ from __future__ import annotations
 from oslo_fusion.aot import AotPass
 from oslo_fusion.generation import GenerationPass
 from oslo_fusion.jit import TorchScriptPass
-from oslo_fusion.kernels import AttentionPass, GatedMLPPass, LossPass, NormPass, PaddingPass, RotaryPass
+from oslo_fusion.kernels import AttentionPass, GatedMLPPass, LossPass, NormPass, PaddingPass, PostNormPass, RotaryPass
 from oslo_fusion.plan import Pass
 
 PASSES: tuple[Pass, ...] = (
+    PostNormPass(),
     NormPass(),
     RotaryPass(),
     AttentionPass(),

@@ -6,7 +6,7 @@ The bias stays in the matmul, whose epilogue adds it for nothing (4096×768→30
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,20 +31,10 @@ from oslo_fusion.decide import (
 from oslo_fusion.jit.formulas import dropout_add
 from oslo_fusion.jit.script import ROOM
 from oslo_fusion.plan import Proposal, Site
-from oslo_fusion.recognition.trace import (
-    Trace,
-    has_hooks,
-    input_widths,
-    linear_shape,
-    required_arguments,
-    run_chain,
-    same,
-    trace,
-)
+from oslo_fusion.recognition.residual import Residual, may_end_in_residual, recognise_residual
+from oslo_fusion.recognition.trace import has_hooks, run_chain
 
 KIND = "dropout + residual"
-_MAX_CHILDREN = 8
-_MAX_MODULES = 24
 
 
 class FusedDropoutResidual(nn.Module):
@@ -66,74 +56,25 @@ class FusedDropoutResidual(nn.Module):
         return run_chain(self, h, settings["after"])
 
 
-def _recognise(module: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, Any] | None:
-    dropouts = [name for name, child in module.named_children() if type(child) is nn.Dropout]
-    try:
-        arguments = required_arguments(module)
-    except (TypeError, ValueError):
-        return None
-    if len(dropouts) != 1 or arguments not in (1, 2) or getattr(module, dropouts[0]).p == 0:
-        return None
-    widths = input_widths(module)
-    outputs = [shape[1] for part in module.modules() if (shape := linear_shape(part)) is not None]
-    for sizes in itertools.product(widths, dict.fromkeys((*widths, *outputs)) if arguments == 2 else (0,)):
-        with probe.preserved_random_state():
-            inputs = [random(2, 3, size, device=device, dtype=dtype) for size in sizes[:arguments]]
-        found = trace(module, inputs)
-        if found is not None:
-            return _wiring(found, dropouts[0])
-    return None
-
-
-def _wiring(found: Trace, dropout: str) -> dict[str, Any] | None:
-    names = [call.child for call in found.calls]
-    if names.count(dropout) != 1 or len(set(names)) != len(names):
-        return None
-    at = names.index(dropout)
-    if at == 0:
-        return None
-    for x, residual in itertools.product(range(len(found.inputs)), repeat=2):
-        before, last = found.calls[: at + 1], found.calls[at]
-        linked = all(same(a.returned, b.received) for a, b in itertools.pairwise(before))
-        if not linked or not same(found.inputs[x], before[0].received):
-            continue
-        if last.returned.shape != found.inputs[residual].shape:
-            continue
-        total = last.returned + found.inputs[residual]
-        rest = found.calls[at + 1 :]
-        reached = same(total, rest[0].received) if rest else same(total, found.output)
-        if reached and (not rest or (found.rest_is_chain(at + 2) and same(rest[-1].returned, found.output))):
-            return {
-                "arguments": len(found.inputs),
-                "x": x,
-                "residual": residual,
-                "before": tuple(names[:at]),
-                "dropout": dropout,
-                "after": tuple(names[at + 1 :]),
-            }
-    return None
-
-
 def propose_residual(path: str, module: nn.Module, scope: Scope) -> Proposal | None:
     """Propose to fuse dropout and residual addition of a module, or refuse it; None if it has no such end."""
-    count = sum(1 for _ in module.children())
-    if not 2 <= count <= _MAX_CHILDREN or sum(1 for _ in module.modules()) > _MAX_MODULES:
+    if not may_end_in_residual(module):
         return None
     where = placement(module)
     if where is None or where[0].type == "meta":
         return None
     device, dtype = where
     key = (KIND, signature(module), device, dtype)
-    wiring: dict[str, Any] | None = scope.once(key, lambda: _recognise(module, device, dtype))
-    if wiring is None:
+    wiring: Residual | None = scope.once(key, lambda: recognise_residual(module, device, dtype))
+    if wiring is None or getattr(module, wiring.dropout).p == 0:
         return None
     site = Site(path, KIND, type(module).__name__)
-    before = f"{wiring['before'][-1]}, dropout, addition"
+    before = f"{wiring.before[-1]}, dropout, addition"
     if has_hooks(module):
         return refuse(ROOM, site, before, "its forward was replaced on the instance or is hooked")
     if not (fuser := scope.fuser(device)).available:
         return refuse(ROOM, site, before, fuser.reason)
-    p = getattr(module, wiring["dropout"]).p
+    p = getattr(module, wiring.dropout).p
     verdict = scope.once(
         (KIND, device, dtype),
         lambda: decide(
@@ -147,8 +88,8 @@ def propose_residual(path: str, module: nn.Module, scope: Scope) -> Proposal | N
             inference=False,
         ),
     )
-    settings = {**mode_settings(device, verdict), **wiring}
-    claims = [f"{path}.{wiring['dropout']}"]
+    settings = {**mode_settings(device, verdict), **dataclasses.asdict(wiring)}
+    claims = [f"{path}.{wiring.dropout}"]
     return propose(
         ROOM, site, verdict, before, "mask, scale and addition in one kernel", FusedDropoutResidual, settings, claims
     )

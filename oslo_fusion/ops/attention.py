@@ -16,17 +16,14 @@ Shapes: ``q`` ``[batch, heads, queries, dim]``, ``k`` and ``v`` ``[batch, kv_hea
 ``[key tokens, kv_heads, dim]`` and the cumulative lengths of the sequences, ``[batch + 1]`` int32. The logarithm saved for the
 backward: ``[batch, heads, queries]``, packed ``[heads, tokens]``.
 
-Dropout: an element is dropped by 16 bits of Philox 2×32 with 7 rounds, counted by query and key, under a key that 10 rounds
-make from seed, offset, batch and head; so the backward draws the same mask again, however it cuts its work. ``dropout`` is
-rounded to a multiple of 1/65536, and what is kept is divided by the share that is really kept. Seed and offset are a tensor,
-so that a captured graph can change them.
+Dropout: by the counter of :mod:`oslo_fusion.ops.dropout`, which is query and key, under a key of its own for each batch and
+head.
 
 Dtype law: scores, softmax, sums and the gradients between are float32 (float64 for float64); kernels round the probabilities
 and the gradient of the scores to the dtype of ``q`` before their matmuls, as eager code does. Results have the dtype of
 ``q``; the table's gradient is summed in float32 and rounded once, to the table's dtype.
 
-Source: Dao, FlashAttention-2, arXiv:2307.08691; Raffel et al., T5, arXiv:1910.10683; Press et al., ALiBi, arXiv:2108.12409;
-Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (Philox), SC 2011.
+Source: Dao, FlashAttention-2, arXiv:2307.08691; Raffel et al., T5, arXiv:1910.10683; Press et al., ALiBi, arXiv:2108.12409.
 """
 
 from __future__ import annotations
@@ -39,15 +36,13 @@ import torch
 from torch import Tensor
 
 from oslo_fusion.errors import ConfigError
+from oslo_fusion.ops.dropout import ROUNDS, draw_rng, kept_scale, kept_threshold, philox, random_key
 from oslo_fusion.ops.kernels import find_kernels, is_plain, wants_gradient
 
 NAME = "attention"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_DIM = 256
 UNLIMITED = -1
-KEEP_BITS = 16
-ROUNDS, KEY_ROUNDS = 7, 10
-_PHILOX_MULTIPLIER, _PHILOX_WEYL, _WORD = 0xD256D193, 0x9E3779B9, 0xFFFFFFFF
 
 
 class Extras(NamedTuple):
@@ -227,21 +222,6 @@ def relative_position_bucket(distance: Tensor, bidirectional: bool, num_buckets:
     return start + torch.where(distance < exact, distance, large)
 
 
-def kept_threshold(dropout: float) -> int:
-    """An element is kept if its 16 bits are smaller than this."""
-    return round((1.0 - dropout) * (1 << KEEP_BITS))
-
-
-def philox(x: Tensor, y: Tensor, key: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
-    """Philox 2×32: two words of 32 bits from a counter of two and a key, all int64 tensors that broadcast."""
-    for number in range(rounds):
-        # A product of two words needs 64 bits without a sign: it is put together from halves.
-        low, high = _PHILOX_MULTIPLIER * (x & 0xFFFF), _PHILOX_MULTIPLIER * (x >> 16)
-        upper, lower = (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & _WORD
-        x, y = upper ^ ((key + number * _PHILOX_WEYL) & _WORD) ^ y, lower
-    return x, y
-
-
 def kept_elements(rng: Tensor, dropout: float, batch: int, heads: int, queries: int, keys: int, first_batch: int = 0) -> Tensor:
     """The random mask, ``[batch, heads, queries, keys]``: true where an element stays.
 
@@ -255,10 +235,8 @@ def kept_elements(rng: Tensor, dropout: float, batch: int, heads: int, queries: 
         first_batch: number of the first sequence.
     """
     device = rng.device
-    seed, offset = rng[0], rng[1]
     number = (torch.arange(batch, device=device) + first_batch)[:, None] * heads + torch.arange(heads, device=device)[None, :]
-    x, y = philox(number, (offset & _WORD).expand_as(number), seed & _WORD, KEY_ROUNDS)
-    key, _ = philox(x ^ ((offset >> 32) & _WORD), y, (seed >> 32) & _WORD, KEY_ROUNDS)
+    key = random_key(rng, number)
     i, j = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)[None, :]
     x, y = philox((j >> 4 << 3) | (j & 7), (i >> 4 << 3) | (i & 7), key[:, :, None, None], ROUNDS)
     bits = (torch.where((j & 8) != 0, y, x) >> ((i & 8) << 1)) & 0xFFFF
@@ -339,9 +317,8 @@ def _probabilities(q: Tensor, k: Tensor, number: int, extras: Extras, options: O
     logsumexp = logsumexp.masked_fill(logsumexp == float("-inf"), float("inf"))
     kept = None
     if options.dropout and extras.rng is not None:
-        threshold = kept_threshold(options.dropout)
         kept = kept_elements(extras.rng, options.dropout, batch, heads, queries, keys, number).to(s.dtype)
-        kept = kept * ((1 << KEEP_BITS) / max(threshold, 1))
+        kept = kept * kept_scale(options.dropout)
     p = torch.softmax(s, -1) if keys else s
     p = p.masked_fill(~seen.any(-1, keepdim=True), 0.0)
     return _Probabilities(p, kept, logsumexp, buckets)
@@ -720,7 +697,7 @@ def prepare(
     if cu_seqlens_q is not None and cu_seqlens_k is None:
         cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_k or max_seqlen_q
     if dropout and rng is None:
-        rng = torch.randint(-(1 << 62), 1 << 62, (2,), dtype=torch.int64, device=q.device)
+        rng = draw_rng(q.device)
     return (
         q,
         k,

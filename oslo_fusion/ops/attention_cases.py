@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oslo_fusion.ops.attention import kept_elements, kept_threshold, relative_position_bucket
+from oslo_fusion.ops.attention import kept_elements, relative_position_bucket
+from oslo_fusion.ops.dropout import kept_scale
 from oslo_fusion.ops.row_cases import Draw
 
 
@@ -138,7 +139,7 @@ def eager_attention(case: AttentionCase) -> Callable[..., Tensor]:
         if case.dropout:
             rng = case.options(device)["rng"]
             kept = kept_elements(rng, case.dropout, q.shape[0], case.heads, queries, keys, number)
-            p = p * kept.to(p.dtype) * (65536 / kept_threshold(case.dropout))
+            p = p * kept.to(p.dtype) * kept_scale(case.dropout)
         return p @ v
 
     def eager(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None = None) -> Tensor:

@@ -37,20 +37,20 @@ import triton.language as tl
 from torch import Tensor
 
 from oslo_fusion.ops.attention import (
-    KEEP_BITS,
     UNLIMITED,
     Extras,
     Options,
     _check,
     attention_backward_reference,
     attention_reference,
-    kept_threshold,
     new_like_tokens,
     new_logsumexp,
     register_kernels,
     relative_position_bucket,
     split,
 )
+from oslo_fusion.ops.dropout import kept_scale, kept_threshold
+from oslo_fusion.triton.dropout import philox, random_key
 from oslo_fusion.triton.launch import Kernel
 from oslo_fusion.triton.rows import device_facts, on_device, stride_unit
 
@@ -275,28 +275,6 @@ def _scores(
 
 
 @triton.jit
-def _philox(x, y, key, ROUNDS: tl.constexpr):
-    multiplier = tl.full((), 0xD256D193, tl.uint32)
-    weyl = tl.full((), 0x9E3779B9, tl.uint32)
-    for _ in tl.static_range(ROUNDS):
-        upper = tl.umulhi(x, multiplier)
-        lower = x * multiplier
-        x = upper ^ key ^ y
-        y = lower
-        key = key + weyl
-    return x, y
-
-
-@triton.jit
-def _random_key(rng_ptr, number):
-    seed = tl.load(rng_ptr)
-    offset = tl.load(rng_ptr + 1)
-    x, y = _philox(number.to(tl.uint32), offset.to(tl.uint32), seed.to(tl.uint32), 10)
-    key, _ = _philox(x ^ (offset >> 32).to(tl.uint32), y, (seed >> 32).to(tl.uint32), 10)
-    return key
-
-
-@triton.jit
 def _kept(q0, k0, key, threshold, QUERIES: tl.constexpr, KEYS: tl.constexpr, KEYS_FIRST: tl.constexpr):
     """Which elements of a tile stay; ``q0`` and ``k0`` are multiples of 16."""
     ROWS: tl.constexpr = KEYS if KEYS_FIRST else QUERIES
@@ -308,7 +286,7 @@ def _kept(q0, k0, key, threshold, QUERIES: tl.constexpr, KEYS: tl.constexpr, KEY
     else:
         k_half, q_half = k0 // 2 + cols, q0 // 2 + rows
     zero = tl.zeros((ROWS // 2, COLS // 2), dtype=tl.uint32)
-    x, y = _philox(k_half.to(tl.uint32) + zero, q_half.to(tl.uint32) + zero, key, 7)
+    x, y = philox(k_half.to(tl.uint32) + zero, q_half.to(tl.uint32) + zero, key, 7)
     # Bit 3 of the key's number chooses the word, that of the query's the half.
     near, far = (x & 0xFFFF).to(tl.int32), (x >> 16).to(tl.int32)
     near_next, far_next = (y & 0xFFFF).to(tl.int32), (y >> 16).to(tl.int32)
@@ -326,7 +304,7 @@ def _kept(q0, k0, key, threshold, QUERIES: tl.constexpr, KEYS: tl.constexpr, KEY
 def _kept_anywhere(q, k, key, threshold):
     """As :func:`_kept`, for tiles that begin anywhere: a draw per element."""
     zero = (q * 0 + k * 0).to(tl.uint32)
-    x, y = _philox(((k >> 4 << 3) | (k & 7)).to(tl.uint32) + zero, ((q >> 4 << 3) | (q & 7)).to(tl.uint32) + zero, key, 7)
+    x, y = philox(((k >> 4 << 3) | (k & 7)).to(tl.uint32) + zero, ((q >> 4 << 3) | (q & 7)).to(tl.uint32) + zero, key, 7)
     word = tl.where((k & 8) != 0, y, x)
     bits = tl.where((q & 8) != 0, word >> 16, word & 0xFFFF).to(tl.int32)
     return bits < threshold
@@ -526,7 +504,7 @@ def _attention_fwd_kernel(
     if HAS_PAIRS:
         pairs_ptr += batch.to(tl.int64) * pairs_batch + head.to(tl.int64) * pairs_head
     if DROPOUT:
-        key = _random_key(rng_ptr, number)
+        key = random_key(rng_ptr, number)
 
     low, high = begin, end
     if HAS_LEFT:
@@ -781,7 +759,7 @@ def _attention_dkdv_kernel(
         if HAS_PAIRS:
             head_pairs_ptr = pairs_ptr + batch.to(tl.int64) * pairs_batch + head.to(tl.int64) * pairs_head
         if DROPOUT:
-            key = _random_key(rng_ptr, batch * heads + head)
+            key = random_key(rng_ptr, batch * heads + head)
         for q0 in tl.range(low, high, QUERIES, num_stages=STAGES):
             inside = q0 + cols < queries
             q_tokens = (q0 + cols).to(tl.int64)[:, None]
@@ -963,7 +941,7 @@ def _attention_dq_kernel(
     if HAS_PAIRS:
         pairs_ptr += batch.to(tl.int64) * pairs_batch + head.to(tl.int64) * pairs_head
     if DROPOUT:
-        key = _random_key(rng_ptr, number)
+        key = random_key(rng_ptr, number)
 
     low, high = begin, end
     if HAS_LEFT:
@@ -1191,7 +1169,7 @@ def _attention_dtable_kernel(
         delta = tl.load(delta_ptr + sum_offset + q0 + rows, mask=inside, other=0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         if DROPOUT:
-            key = _random_key(rng_ptr, batch * heads + head)
+            key = random_key(rng_ptr, batch * heads + head)
             if ALIGNED:
                 kept = _kept(q0, k0, key, threshold, QUERIES, KEYS, False)
             else:
@@ -1346,11 +1324,10 @@ class _Setup(NamedTuple):
     def numbers(self, blocks: int, sums: Tensor) -> tuple[float, ...]:
         """From the scale to the strides of the sums."""
         o = self.options
-        threshold = kept_threshold(o.dropout)
         return (
             o.scale * _base_factor(self.q),
-            float((1 << KEEP_BITS) / max(threshold, 1)),
-            threshold,
+            kept_scale(o.dropout),
+            kept_threshold(o.dropout),
             self.heads,
             self.heads // self.kv_heads,
             self.q.shape[0] if self.q.dim() == 3 else self.queries,

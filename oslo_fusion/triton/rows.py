@@ -254,6 +254,7 @@ def _column_sums_kernel(
     partials_ptr,
     first_ptr,
     second_ptr,
+    third_ptr,
     num_partials,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -271,21 +272,24 @@ def _column_sums_kernel(
     result = tl.sum(total, axis=0)
     if which == 0:
         tl.store(first_ptr + cols, result.to(first_ptr.dtype.element_ty), mask=cols_mask)
-    else:
+    elif which == 1:
         tl.store(second_ptr + cols, result.to(second_ptr.dtype.element_ty), mask=cols_mask)
+    else:
+        tl.store(third_ptr + cols, result.to(third_ptr.dtype.element_ty), mask=cols_mask)
 
 
 _COLUMN_SUMS = Kernel(_column_sums_kernel)
 
 
-def column_sums(partials: Tensor, first: Tensor, second: Tensor | None = None) -> None:
+def column_sums(partials: Tensor, first: Tensor, *others: Tensor) -> None:
     """Sum what every program left behind, always in the same order: the second stage of weight gradients.
 
     Args:
-        partials: ``[1 or 2, programs, dim]`` float32, contiguous.
+        partials: ``[1 to 3, programs, dim]`` float32, contiguous.
         first: ``[dim]``, receives the sums of ``partials[0]``, rounded once.
-        second: ``[dim]``, receives those of ``partials[1]``.
+        others: ``[dim]`` each, receive those of ``partials[1]`` and ``partials[2]``.
     """
     kinds, programs, dim = partials.shape
+    second, third = (*others, first, first)[:2]  # what there are no sums for is not written
     # 32 columns are one 128-byte line of each row of partial sums, and enough programs to fill the device from 4096 columns on.
-    _COLUMN_SUMS((-(-dim // 32), kinds), (partials, first, first if second is None else second), (programs,), (dim, 128, 32), 8)
+    _COLUMN_SUMS((-(-dim // 32), kinds), (partials, first, second, third), (programs,), (dim, 128, 32), 8)

@@ -232,7 +232,8 @@ def test_backward_of_wide_rows_compiles_for_every_target(
 @pytest.mark.parametrize("dim", [8200, 16384])
 def test_column_sums_compile_for_every_target(dim: int, dtype: str, compile_for_all_targets: Callable[..., Any]) -> None:
     kernel = rows._column_sums_kernel
-    types = {"partials_ptr": "*fp32", "first_ptr": f"*{dtype}", "second_ptr": f"*{dtype}", "num_partials": "i32"}
+    sums = {f"{name}_ptr": f"*{dtype}" for name in ("first", "second", "third")}
+    types = {"partials_ptr": "*fp32", **sums, "num_partials": "i32"}
     compile_for_all_targets(kernel, types, {"DIM": dim, "ROWS": 128, "BLOCK": 32}, num_warps=8)
 
 
