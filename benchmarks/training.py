@@ -53,6 +53,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from oslo_fusion import engine, models, surgery, timings, workload
+from oslo_fusion.aot.record import Record
 from oslo_fusion.errors import ConfigError, OsloFusionError
 from oslo_fusion.jit import TorchScriptPass
 from oslo_fusion.report import FusionReport
@@ -384,7 +385,7 @@ def outcome(report: FusionReport) -> dict[str, Any]:
     """How many sites of each kind were fused, why others were not, and what was compiled."""
     fused = Counter(row.site.kind for row in report.rows if row.outcome == "fused")
     refused = Counter((row.site.kind, row.reason) for row in report.rows if row.outcome == "refused")
-    record = next((found for p in report.plan.proposals if (found := p.runtime) is not None), None)
+    record = next((found for p in report.plan.proposals if isinstance(found := p.runtime, Record)), None)
     return {
         "fused": dict(fused),
         "compiled": None if record is None else record.to_dict(),

@@ -6,6 +6,9 @@ addition wrote.
 The kernels room comes before the TorchScript one: a gated product that both could fuse moves 16 bytes per thread and access
 there and 2 or 4 here, and what a kernel does not take (another activation, no win on this device) TorchScript still may. The
 AOT room comes before it too: it keeps out of what is compiled. Kernels stay inside, for what runs uncompiled there.
+
+What takes the padding out of a batch stands around a model's forward, so it comes after those that stand on it: the fused loss,
+and a compiled forward.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 from oslo_fusion.aot import AotPass
 from oslo_fusion.generation import GenerationPass
 from oslo_fusion.jit import TorchScriptPass
-from oslo_fusion.kernels import AttentionPass, GatedMLPPass, LossPass, NormPass, PostNormPass, RotaryPass
+from oslo_fusion.kernels import AttentionPass, GatedMLPPass, LossPass, NormPass, PaddingPass, PostNormPass, RotaryPass
 from oslo_fusion.plan import Pass
 
 PASSES: tuple[Pass, ...] = (
@@ -24,6 +27,7 @@ PASSES: tuple[Pass, ...] = (
     GatedMLPPass(),
     LossPass(),
     AotPass(),
+    PaddingPass(),
     TorchScriptPass(),
     GenerationPass(),
 )

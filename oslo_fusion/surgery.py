@@ -27,6 +27,9 @@ REPORT = "_oslo_fusion_report"
 ATTRIBUTES = "_oslo_fusion_attributes"
 """Where an instance keeps the names of the attributes that were put on it."""
 
+INNER = "inner"
+"""The setting in which a :class:`Wrapping` keeps what it stands around."""
+
 REPLACED = "_oslo_fusion_replaced"
 """Where it keeps what some of them took the place of, by name."""
 
@@ -105,8 +108,15 @@ def apply(model: nn.Module, swaps: Iterable[Swap]) -> None:
 
 
 def put(module: nn.Module, change: Swap) -> None:
-    """Put an attribute on the instance, where Python finds it before the method of that name, or in place of its own."""
+    """Put an attribute on the instance, where Python finds it before the method of that name, or in place of its own.
+
+    A :class:`Wrapping` donor is put around one of ours that stands there.
+    """
     name, where = change.attribute, change.path or type(module).__name__
+    standing = module.__dict__.get(name)
+    if isinstance(standing, Standing) and issubclass(change.donor, Wrapping):
+        module.__dict__[name] = change.donor(module, {**change.settings, INNER: standing})
+        return
     if name in module.__dict__.get(ATTRIBUTES, ()):
         raise PlanError(f"{where}: its {name} was put there by a plan. Remedy: restore the model first.")
     if change.replaces and name not in module.__dict__:
@@ -156,6 +166,16 @@ class Standing:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._module(), self.settings)
+
+
+class Wrapping(Standing):
+    """One that stands on ``forward`` and may stand around another: :attr:`inner` is what it calls."""
+
+    @property
+    def inner(self) -> Any:
+        """The one that stood there before, or the method of the module's class."""
+        standing = self.settings.get(INNER)
+        return type(self.module).forward.__get__(self.module) if standing is None else standing
 
 
 def restore(model: nn.Module) -> None:

@@ -160,7 +160,10 @@ class Workload:
             made["attention_mask"] = seen.long()
             made["input_ids"] = made["input_ids"].masked_fill(~seen, config.pad_token_id or 0)
             if "labels" in made and made["labels"].dim() == 2:
-                made["labels"] = made["labels"].masked_fill(~seen, -100)
+                kept = made["labels"].masked_fill(~seen, -100)
+                bare = (kept == -100).all(1)  # of a text of a few tokens none may be masked: a loss of nothing is no number
+                kept[bare, 0] = labels[bare, 0]
+                made["labels"] = kept
         return {name: tensor.to(self.torch_device) for name, tensor in made.items()}
 
     def _check_length(self, config: Any) -> None:

@@ -16,6 +16,8 @@ from oslo_fusion.jit.residual import propose_residual
 from oslo_fusion.jit.script import ROOM
 from oslo_fusion.plan import NOTHING_TAKEN, Proposal, Site, Taken, leave
 
+_AOT = "aot"  # the room that compiles; rooms are strangers, and a row knows its own
+
 
 class TorchScriptPass:
     """Fuses activations, MLPs, dropout with residual, and unaligned output projections."""
@@ -60,7 +62,7 @@ class TorchScriptPass:
 
 def _compiled(taken: Taken) -> list[str]:
     """Paths of what AOT Autograd has got instead of TorchScript, as OSLO has it; an empty path is the whole model."""
-    return list(dict.fromkeys(row.swaps[0].path for row in taken.values() if row.runtime is not None and row.swaps))
+    return list(dict.fromkeys(row.swaps[0].path for row in taken.values() if row.room == _AOT and row.swaps))
 
 
 def _is_inside(path: str, compiled: list[str]) -> bool:
