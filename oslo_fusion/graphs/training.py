@@ -32,6 +32,8 @@ Note = Callable[[str], None]
 WARM_CALLS = 2
 """Calls with a shape before it is captured: they compile, and settle what is chosen at a first call."""
 
+_generation = [0]
+
 MOST_SHAPES = 4
 """Shapes that are captured of one module. Each keeps the memory of its own forward."""
 
@@ -96,6 +98,7 @@ class TrainingGraphs:
 def _key(module: nn.Module, leaves: Sequence[Any], spec: Any) -> tuple[Hashable | None, str]:
     """What a captured form serves; or None, and why there can be none."""
     parts: list[Hashable] = [spec]
+    numbers: dict[int, int] = {}
     device = next(module.parameters()).device
     for leaf in leaves:
         if type(leaf) is Tensor or type(leaf) is nn.Parameter:
@@ -103,7 +106,8 @@ def _key(module: nn.Module, leaves: Sequence[Any], spec: Any) -> tuple[Hashable 
                 return None, f"an input is on {leaf.device}, not on {device}: it is not captured as a CUDA graph"
             if any(size > 1 and stride == 0 for size, stride in zip(leaf.shape, leaf.stride(), strict=True)):
                 return None, "an input is expanded: it is not captured as a CUDA graph"
-            parts.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad))
+            number = numbers.setdefault(id(leaf), len(numbers))
+            parts.append((number, leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad))
         elif leaf is None or isinstance(leaf, (bool, int, float, str, torch.dtype)):
             parts.append((type(leaf), leaf))
         else:
@@ -127,6 +131,7 @@ class Captured:
         gradients: of both, in this order.
         read: every tensor of the module: the dictionary and the name it is held by, the tensor, its address, whether it gets
             a gradient.
+        generation: of torch's generator, see :func:`_release_generator`.
     """
 
     forward: torch.cuda.CUDAGraph
@@ -141,6 +146,7 @@ class Captured:
     parameters: list[nn.Parameter]
     gradients: tuple[Tensor | None, ...]
     read: list[tuple[dict[str, Any], str, Tensor, int, bool]]
+    generation: int
 
     @property
     def is_current(self) -> bool:
@@ -148,7 +154,7 @@ class Captured:
 
         Asked at every call, hence by the dictionaries that hold the tensors: walking over a module's parts takes 1 to 2 ms.
         """
-        return all(
+        return self.generation == _generation[0] and all(
             holder.get(name) is tensor and tensor.data_ptr() == where and tensor.requires_grad == wanted
             for holder, name, tensor, where, wanted in self.read
         )
@@ -165,6 +171,8 @@ class Pair:
     def __init__(self, function: Function, module: nn.Module, leaves: Sequence[Any], spec: Any) -> None:
         self.function, self._module, self.spec = function, weakref.ref(module), spec
         self.places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        numbers: dict[int, int] = {}
+        self.distinct = [index for index in self.places if numbers.setdefault(id(leaves[index]), index) == index]
         self.calls = 0
         self.failure = ""
         self.captured: Captured | None = None
@@ -197,11 +205,13 @@ class Pair:
             if tensor is not None
         ]
         parameters = [p for p in module.parameters() if p.requires_grad]
-        inputs = [_like(leaves[place]) for place in self.places]
-        filled = list(leaves)
-        for place, tensor in zip(self.places, inputs, strict=True):
-            tensor.copy_(leaves[place].detach()).requires_grad_(leaves[place].requires_grad)
-            filled[place] = tensor
+        filled, copies = list(leaves), dict[int, Tensor]()
+        for place in self.places:  # one tensor given twice stays one: compiled code is specialised to that
+            given = leaves[place]
+            if id(given) not in copies:
+                copies[id(given)] = _like(given).copy_(given.detach()).requires_grad_(given.requires_grad)
+            filled[place] = copies[id(given)]
+        inputs = list(copies.values())
         args, kwargs = pytree.tree_unflatten(filled, self.spec)
         forward, backward, pool = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(device)
@@ -229,11 +239,12 @@ class Pair:
             parameters,
             gradients,
             read,
+            _generation[0],
         )
 
     def replay(self, captured: Captured, leaves: Sequence[Any]) -> Any:
         """The forward on these inputs; its backward follows with autograd."""
-        outputs = iter(_Replay.apply(self, captured, *(leaves[place] for place in self.places), *captured.parameters))
+        outputs = iter(_Replay.apply(self, captured, *(leaves[place] for place in self.distinct), *captured.parameters))
         results = [
             next(outputs) if mine else x.clone() if isinstance(x, Tensor) else x
             for x, mine in zip(captured.results, captured.is_output, strict=True)
@@ -278,11 +289,13 @@ class Pair:
 
 
 def _release_generator(device: torch.device) -> None:
-    """After a capture that failed torch's generator still counts for a graph, and refuses every draw. Another state, far from
-    the numbers of what was captured before, takes its place."""
+    """After a capture that failed the state of torch's generator still counts for a graph, and refuses every draw and replay.
+
+    Another state takes its place, and what was captured with the first one is captured again.
+    """
+    _generation[0] += 1
     generator = torch.cuda.default_generators[device.index or 0]
     generator.graphsafe_set_state(generator.clone_state())
-    generator.set_offset(generator.get_offset() + (1 << 40))
 
 
 class Token:

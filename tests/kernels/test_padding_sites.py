@@ -578,8 +578,6 @@ def test_models_obey_the_law_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     """Heads of 64, texts longer than a tile of attention: what the vendors' kernels for packed sequences serve."""
     if name.startswith("T5"):
         sizes = {"d_kv": 64}
-    elif name.startswith("GPT2"):
-        sizes = {"n_embd": 128, "n_positions": 512}
     else:
         sizes = {"hidden_size": 128, "dim": 128, "head_dim": 64, "word_embed_proj_dim": 128, "max_position_embeddings": 512}
     model = make(name, **sizes).to("cuda", dtype)
