@@ -22,8 +22,9 @@ Nothing is timed before it is checked. Loss and every parameter's gradient obey 
 batch: our error against float32 is at most twice that of plain bfloat16, plus one unit in the last place. The truth is computed
 once, an eighth of the batch at a time, and of each gradient about 2¹⁸ numbers, evenly spaced, are compared. A model without
 dropout is checked as it is timed; of one with dropout a second one without it, unless that means to compile a whole model
-again (ours too: what is compiled there layer by layer is checked). Ours is not timed on red; of a peer it is said. The first loss of the full step may differ from eager's by at most 2⁻⁷ of
-it, one unit in the last place of a bfloat16 (T5's loss is one); beyond that no provider is timed.
+again (ours too: what is compiled there is checked layer by layer). Ours is not timed on red; of a peer it is said. The first
+loss of the full step may differ from eager's by at most 2⁻⁷ of it, one unit in the last place of a bfloat16 (T5's loss is one);
+beyond that no provider is timed.
 """
 
 from __future__ import annotations
