@@ -20,7 +20,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -197,10 +197,10 @@ class Pair:
     def _capture(self, leaves: Sequence[Any], device: torch.device) -> Captured:
         module = self._module()
         assert module is not None, "it is a part of what calls this"
-        read = [
+        read: list[tuple[dict[str, Any], str, Tensor, int, bool]] = [
             (holder, name, tensor, tensor.data_ptr(), tensor.requires_grad)
             for part in module.modules()
-            for holder in (part._parameters, part._buffers)
+            for holder in cast("tuple[dict[str, Any], ...]", (part._parameters, part._buffers))
             for name, tensor in holder.items()
             if tensor is not None
         ]
@@ -215,14 +215,21 @@ class Pair:
         args, kwargs = pytree.tree_unflatten(filled, self.spec)
         forward, backward, pool = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(device)
-        with torch.cuda.graph(forward, pool=pool):
-            result = self.function(*args, **kwargs)
+        aliases = {id(tensor): _alias(tensor) for _, _, tensor, _, _ in read}
+        try:
+            for holder, name, tensor, _, _ in read:
+                holder[name] = aliases[id(tensor)]
+            with torch.cuda.graph(forward, pool=pool):
+                result = self.function(*args, **kwargs)
+        finally:
+            for holder, name, tensor, _, _ in read:
+                holder[name] = tensor
         results, spec = pytree.tree_flatten(result)
         is_output = [isinstance(x, Tensor) and x.requires_grad for x in results]
         outputs = [x for x, mine in zip(results, is_output, strict=True) if mine]
         output_gradients = [torch.zeros_like(x) for x in outputs]
         wanted = [index for index, t in enumerate(inputs) if t.requires_grad]
-        sources = [*(inputs[index] for index in wanted), *parameters]
+        sources = [*(inputs[index] for index in wanted), *(aliases[id(p)] for p in parameters)]
         with torch.cuda.graph(backward, pool=pool):
             gradients = torch.autograd.grad(outputs, sources, output_gradients, allow_unused=True)
         return Captured(
@@ -300,6 +307,17 @@ def _release_generator(device: torch.device) -> None:
 
 class Token:
     """Lives as long as a forward's node in autograd's graph."""
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """The same memory, unknown to autograd.
+
+    A parameter that is used elsewhere in the same step, T5's embedding say, has a node in autograd's graph already, which
+    belongs to the stream it was made on. A gradient for it would make that stream wait for one that is being captured, which
+    cannot be.
+    """
+    found = tensor.detach()
+    return nn.Parameter(found, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else found
 
 
 def _like(tensor: Tensor) -> Tensor:

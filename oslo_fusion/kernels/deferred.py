@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from oslo_fusion.ops.kernels import is_plain
-from oslo_fusion.ops.linear_cross_entropy import linear_cross_entropy
+from oslo_fusion.ops.linear_cross_entropy import LabelCount, linear_cross_entropy
 from oslo_fusion.surgery import Standing
 
 FORWARD = "forward"
@@ -70,6 +70,7 @@ class Frame:
     Attributes:
         mode: what the head does: ``defer``; ``observe``: the head's own; ``exact``: the head's own in ``exact_dtype``.
         compact: leave ignored rows out of the matmuls.
+        counted: how many labels count, if that is on its way to the host.
         losses: how many fused losses were computed.
         leaves: while a plan is being proven, the head's input and weights, cut off from what was before.
     """
@@ -78,6 +79,7 @@ class Frame:
     compact: bool
     proving: bool = False
     exact_dtype: torch.dtype = torch.float64
+    counted: LabelCount | None = None
     losses: int = 0
     leaves: list[Tensor] = field(default_factory=list)
 
@@ -299,6 +301,7 @@ def _cross_entropy(
         logit_scale=scale,
         reduction=reduction,
         compact=frame.compact,
+        counted=frame.counted,
     )
     frame.losses += 1
     # torch's loss has the dtype of its logits, but under autocast computes in float32.
@@ -376,25 +379,28 @@ class FusedForward(Standing):
         proving = current_frame()
         if proving is not None and proving.proving:
             return own(model, *args, **kwargs)
-        if not self._serves(model, args, kwargs, skip):
+        labels = self._labels(model, args, kwargs, skip)
+        if labels is None:
             with framed(None):
                 return own(model, *args, **kwargs)
         frame = Frame("defer", self.settings["compact"])
+        if frame.compact and type(labels) is Tensor and labels.is_cuda:
+            frame.counted = LabelCount(labels)
         with framed(frame):
             output = own(model, *args, **kwargs)
         return finished(output, frame)
 
-    def _serves(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], skip: bool | None) -> bool:
+    def _labels(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], skip: bool | None) -> Any:
+        """The labels of a call that is served; None for any other."""
         if skip is False or not (skip or (model.training and torch.is_grad_enabled())):
-            return False
+            return None
         labels = kwargs.get("labels")
         if labels is None and args:
             given = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs)
             labels = given.arguments.get("labels")
-        if labels is None:
-            return False
         as_dict = kwargs.get("return_dict")
-        return bool(getattr(model.config, "return_dict", True) if as_dict is None else as_dict)
+        as_dict = getattr(model.config, "return_dict", True) if as_dict is None else as_dict
+        return labels if as_dict else None
 
 
 def finished(output: Any, frame: Frame) -> Any:

@@ -222,6 +222,38 @@ _LIBRARY.impl(NAME, _default, "CompositeExplicitAutograd")
 torch.library.register_fake(f"oslo_fusion::{NAME}", _fake, lib=_LIBRARY)
 
 
+class LabelCount:
+    """How many labels count, on its way to the host while a model runs, so that ``compact`` need not wait for the device there.
+
+    Args:
+        labels: int64 of any shape, as they will be given to the loss.
+        ignore_index: the label that does not count.
+    """
+
+    def __init__(self, labels: Tensor, ignore_index: int = -100) -> None:
+        self._labels, self._ignored = labels, ignore_index
+        count = (labels != ignore_index).sum()
+        self._ready: torch.cuda.Event | None = None
+        if labels.is_cuda:
+            self._number = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(count, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+        else:
+            self._number = count
+
+    def is_of(self, labels: Tensor, ignore_index: int) -> bool:
+        """Whether it is these labels that were counted."""
+        same = labels.data_ptr() == self._labels.data_ptr() and labels.numel() == self._labels.numel()
+        return same and labels.is_contiguous() and self._labels.is_contiguous() and ignore_index == self._ignored
+
+    @property
+    def number(self) -> int:
+        """The number; waits until it was counted, not for what was launched since."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        return int(self._number)
+
+
 # --- the gradient ------------------------------------------------------------------------------------------------------------
 
 
@@ -267,12 +299,18 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, options: Options
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        options: Options,
+        counted: LabelCount | None,
     ) -> tuple[Tensor, Tensor]:
         kernels = find_kernels(NAME)
         assert kernels is not None
         wanted = Wanted(*(ctx.needs_input_grad[i] for i in (0, 1, 3)))
-        sums = Sums(*kernels.launch_linear_cross_entropy(hidden, weight, labels, bias, *options, *wanted))
+        sums = Sums(*kernels.launch_linear_cross_entropy(hidden, weight, labels, bias, *options, *wanted, counted=counted))
         ctx.sums, ctx.dtypes = sums, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(sums.rows)
         ctx.set_materialize_grads(False)
@@ -281,7 +319,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, _: Any) -> Any:
         if dloss is None:
-            return None, None, None, None, None
+            return (None,) * 6
         sums, ctx.sums = ctx.sums, None
         if sums is None:
             raise RuntimeError(
@@ -296,7 +334,7 @@ class _Loss(torch.autograd.Function):
             (ctx.needs_input_grad[i] for i in (0, 1, 3)), (sums.dhidden, sums.dweight, sums.dbias), ctx.dtypes, strict=True
         ):
             gradients.append(kernels.launch_scale(d, factor, dtype) if wanted else None)
-        return gradients[0], gradients[1], None, gradients[2], None
+        return gradients[0], gradients[1], None, gradients[2], None, None
 
 
 def linear_cross_entropy(
@@ -313,6 +351,7 @@ def linear_cross_entropy(
     num_items: Tensor | float | None = None,
     accumulate: torch.dtype = torch.float32,
     compact: bool = False,
+    counted: LabelCount | None = None,
 ) -> Tensor:
     """Cross entropy of ``hidden @ weight.T + bias`` against ``labels``, without the logits of all rows in memory.
 
@@ -332,7 +371,9 @@ def linear_cross_entropy(
         num_items: what the sum is divided by instead of their number: transformers' ``num_items_in_batch``.
         accumulate: dtype in which the weight's gradient is summed: float32, rounded once at the end; or the weight's own,
             which is rounded once a chunk and needs half the memory.
-        compact: leave ignored rows out of the matmuls, worth it where many are. The host waits once for their number.
+        compact: leave ignored rows out of the matmuls, worth it where many are. The host waits once for their number, unless
+            ``counted`` has it.
+        counted: of these labels, made earlier; that of others is not looked at.
 
     Returns:
         The loss, a float32 scalar (float64 for float64). Mean with every label ignored: NaN. Backward runs once per loss on a
@@ -364,6 +405,8 @@ def linear_cross_entropy(
         compact,
     )
     wanted = Wanted(*(t is not None and wants_gradient(t) for t in (hidden, weight, bias)))
+    if counted is not None and not (compact and counted.is_of(labels, ignore_index)):
+        counted = None
     kernels = None
     if hidden.is_cuda and not torch.compiler.is_compiling() and is_plain(hidden, weight, labels, bias):
         kernels = find_kernels(NAME)
@@ -371,7 +414,7 @@ def linear_cross_entropy(
     if kernels is None:
         loss, count, *_ = LINEAR_CROSS_ENTROPY(hidden, weight, labels, bias, *options, *wanted)
     elif any(wanted):
-        loss, count = _Loss.apply(hidden, weight, labels, bias, options)
+        loss, count = _Loss.apply(hidden, weight, labels, bias, options, counted)
     else:
         loss, count, *_ = kernels.launch_linear_cross_entropy(hidden, weight, labels, bias, *options, *wanted)
     if reduction == "mean":

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from oslo_fusion.ops.linear_cross_entropy import (
+    LabelCount,
     Options,
     _check,
     _sum_dtype,
@@ -232,6 +233,14 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
 
 
+def _labelled(counts: Tensor, counted: LabelCount | None) -> Tensor:
+    """Numbers of the rows that count."""
+    if counted is None:
+        return counts.nonzero().squeeze(1)
+    # The n-th is where the running sum reaches n.
+    return torch.searchsorted(counts.cumsum(0), torch.arange(1, counted.number + 1, device=counts.device))
+
+
 def launch_linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -248,8 +257,12 @@ def launch_linear_cross_entropy(
     bias_gradient: bool,
     rows_per_chunk: int | None = None,
     blocks: LossBlocks | None = None,
+    counted: LabelCount | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`oslo_fusion.ops.linear_cross_entropy.linear_cross_entropy_reference`; the last two override the heuristics."""
+    """As :func:`oslo_fusion.ops.linear_cross_entropy.linear_cross_entropy_reference`.
+
+    ``rows_per_chunk`` and ``blocks`` override the heuristics; ``counted``: of these labels, so that the host need not wait.
+    """
     options = Options(ignore_index, label_smoothing, logit_softcap, logit_scale, wide, compact)
     wanted = (hidden_gradient, weight_gradient, bias_gradient)
     if hidden.dtype == torch.float64:
@@ -262,7 +275,7 @@ def launch_linear_cross_entropy(
         flat, rows, kept = labels.reshape(-1).contiguous(), hidden.reshape(-1, dim), None
         count = (flat != ignore_index).sum().to(torch.float32)
         if compact:
-            kept = (flat != ignore_index).nonzero().squeeze(1)
+            kept = _labelled(flat != ignore_index, counted)
             flat, rows = flat[kept], rows[kept]
         num_rows, width, rounded, columns = rows.shape[0], padded_width(vocab), weight.to(dtype), vocab
         if vocab % _ALIGNMENT:

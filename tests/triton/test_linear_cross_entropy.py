@@ -123,6 +123,29 @@ def test_rows_without_a_label(compact: bool, device: torch.device) -> None:
         assert not result.any()
 
 
+@pytest.mark.usefixtures("poisoned")
+def test_labels_that_were_counted_before_give_the_same(device: torch.device) -> None:
+    hidden, weight, labels, bias = inputs(torch.float32, device, 0, 77, True)
+    options = OPTIONS["plain"]._replace(compact=True)
+    for given in (labels, torch.full_like(labels, -100), labels.masked_fill(labels == -100, 3)):
+        counted = op.LabelCount(given)
+        assert counted.number == int((given != -100).sum())
+        plain = kernels.launch_linear_cross_entropy(hidden, weight, given, bias, *options, True, True, True)
+        ours = kernels.launch_linear_cross_entropy(hidden, weight, given, bias, *options, True, True, True, counted=counted)
+        for a, b in zip(ours, plain, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_count_is_of_its_labels_alone(device: torch.device) -> None:
+    labels = torch.randint(0, 7, (4, 6), device=device)
+    counted = op.LabelCount(labels)
+    assert counted.is_of(labels.view(-1), -100)
+    assert not counted.is_of(labels, 0)
+    assert not counted.is_of(labels[1:], -100)
+    assert not counted.is_of(labels.clone(), -100)
+    assert not counted.is_of(labels.t(), -100)
+
+
 def test_strided_inputs_and_forbidden_words(device: torch.device) -> None:
     hidden, weight, labels, bias = inputs(torch.float32, device, 0, 77, True)
     bias[:40] = -float("inf")
