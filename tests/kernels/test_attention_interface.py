@@ -586,7 +586,7 @@ def test_only_what_wins(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(attention_routes, "_TOKENS", 2048)
     model = model_of("gpt2")
     rows = fuse(model, autotune="full", memory_efficient_fusion=compiled)
-    assert times == [(OURS, mask, tokens) for mask in ("plain", "masked") for tokens in (128, 512, 2048)]
+    assert times == [(OURS, mask, tokens) for mask in ("plain", "masked") for tokens in attention_routes.LENGTHS]
     assert [row.outcome for row in rows] == ["fused"] * 2
     assert "float32, with backward, 1×2048: triton (sdpa 100, triton 50 µs)" in rows[0].reason
     routing = getattr(model.transformer.h[0].attn.config, ROUTING)
@@ -683,5 +683,5 @@ def test_the_plan_measures_on_a_gpu() -> None:
     rows = fuse(model, autotune="full")
     print(oslo_fusion.report(model))
     assert "µs" in rows[0].reason
-    assert len(rows[0].timings) >= 12
+    assert len(rows[0].timings) >= 8
     assert "not cudnn: a dropout of 0.1" in rows[0].reason
