@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.linear_cross_entropy import matmul_rate, peak_bytes
-from benchmarks.timing import copy_bandwidth, device_times, need_gpu, within, write
+from benchmarks.timing import copy_bandwidth, device_times, need_gpu, slug, within, write
 from oslo_fusion.ops.attention import attention, relative_position_bucket
 from oslo_fusion.ops.attention_cases import AttentionCase, eager_attention
 from oslo_fusion.ops.row_cases import drawer
@@ -374,7 +374,7 @@ def dry() -> None:
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder that receives attention.json, or attention_sweep.json")
+    parser.add_argument("--out", type=Path, help="folder that receives the JSON")
     parser.add_argument("--sweep", action="store_true", help="time the cuts of our kernels")
     parser.add_argument("--only", help="one shape by its name")
     parser.add_argument("--dry", action="store_true", help="run the checks on the CPU and time nothing")
@@ -393,7 +393,7 @@ def main() -> None:
     for row in results:
         row["matmul_tflop_per_s"] = round(rate / 1e12, 1)
     if options.out is not None:
-        write(options.out / ("attention_sweep.json" if options.sweep else "attention.json"), roof, results, left_out)
+        write(options.out / f"attention{'_sweep' if options.sweep else ''}-{slug()}.json", roof, results, left_out)
 
 
 if __name__ == "__main__":

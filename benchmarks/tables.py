@@ -70,7 +70,16 @@ def load(directory: Path) -> list[Result]:
         BadResult: a file is no JSON object.
     """
     found = []
-    for kind in (*KERNELS, "linear_cross_entropy", "rms_norm_steps", "no_repeat_ngram", "training", "distributed", "sanitizer"):
+    for kind in (
+        *KERNELS,
+        "attention",
+        "linear_cross_entropy",
+        "rms_norm_steps",
+        "no_repeat_ngram",
+        "training",
+        "distributed",
+        "sanitizer",
+    ):
         for path in sorted(directory.glob(f"{kind}-*.json")):
             remedy = f"Remedy: run benchmarks.{kind} again, or remove the file."
             try:
@@ -97,6 +106,7 @@ def sections(results: Sequence[Result], link: Callable[[Path], str]) -> list[str
         (("training",), _training),
         (("distributed",), _distributed),
         (("linear_cross_entropy",), _losses),
+        (("attention",), _attention),
         (KERNELS, _kernels),
         (("no_repeat_ngram",), _bans),
         (("rms_norm_steps",), _steps),
@@ -376,7 +386,8 @@ def _training_legend(sections: Sequence[Data], profiled: bool) -> Iterator[str]:
     yield "*Roof*: 6 · parameters · tokens over the rate of one large matrix product in the same run."
     yield "*liger* has its fused linear cross entropy, *liger kernels* not."
     if any(row["provider"].startswith(DIAL) for section in sections for row in section["rows"]):
-        yield "*memory-efficient*: `memory_efficient_fusion` and the fused loss, *at* this `activation_memory_budget`, else 1."
+        yield "*memory-efficient*: `memory_efficient_fusion` and the fused loss, *at* this `activation_memory_budget`, else 1;"
+        yield "*whole*: `scope: model`, *captured*: and `cuda_graphs`, *padding-free*: and `padding_free`."
     yield "Losses and gradients were compared before."
 
 
@@ -502,6 +513,43 @@ def _losses(results: Sequence[Result], link: Callable[[Path], str]) -> list[str]
         "MiB: the peak above what was there before, gradients included. The last column is what the matrix products of the "
         "labelled rows would take at the rate of one large product, measured in the same run, over the whole time. "
         + " ".join(sentences),
+        _all_provenances(results, link),
+    ]
+
+
+# --- attention ----------------------------------------------------------------------------------------------------------------
+
+
+_ATTENTIONS = {
+    "ours": "oslo_fusion",
+    "cudnn": "cuDNN",
+    "flash": "flash",
+    "efficient": "memory-efficient",
+    "flex": "FlexAttention",
+    "math": "math",
+}
+
+
+def _attention(results: Sequence[Result], link: Callable[[Path], str]) -> list[str]:
+    """A row per shape: forward, and forward with backward, of each provider."""
+    rows = []
+    for result in results:
+        shapes: dict[str, dict[str, Data]] = {}
+        for row in result.data["results"]:
+            shapes.setdefault(row["shape"], {})[row["what"]] = row
+        for shape, found in shapes.items():
+            forward, both = found["forward"]["ms"], found["forward + backward"]["ms"]
+            size = "×".join(map(str, found["forward"]["size"]))
+            cells = (f"{forward[n]:.3f} / {both[n]:.3f}" if n in forward and n in both else "–" for n in _ATTENTIONS)
+            rows.append(
+                [shape, size, *(f"**{cell}**" if n == OURS else cell for n, cell in zip(_ATTENTIONS, cells, strict=True))]
+            )
+    return [
+        "**Attention**, bfloat16, ms: forward / forward and backward",
+        _grid(["shape", "batch × heads × queries × keys × dim", *_ATTENTIONS.values()], 2, rows),
+        "Device time, all of a shape in one run; –: cannot compute it. The peers' bias is a tensor of heads × queries × keys "
+        "that is there before; ours is looked up in its table, whose gradient is part of the backward. cuDNN rounds a "
+        "dropout of 0.1 to a multiple of 1/16, so a plan does not take it there.",
         _all_provenances(results, link),
     ]
 

@@ -357,7 +357,8 @@ class _Trial:
 
     def candidates(self, dtype: torch.dtype, masked: bool) -> list[_Candidate]:
         """The backends that can serve this, in order, each proven to compute the same."""
-        facts, kernel, found = self.facts, self.config.kernel, []
+        facts, kernel = self.facts, self.config.kernel
+        found: list[_Candidate] = []
         plain = Case(
             self.device.type, dtype, facts.heads, facts.kv_heads, facts.dim, facts.causal and not masked, 0.0, masked, False
         )

@@ -360,3 +360,16 @@ def test_the_files_of_this_repository_are_taken():
     results = tables.load(readme.ROOT / "benchmarks" / "results")
     assert {"rms_norm", "layer_norm", "no_repeat_ngram"} <= {result.kind for result in results}
     assert tables.sections(results, str)
+
+
+def test_attention_has_a_row_per_shape_and_a_dash_for_who_cannot(tmp_path):
+    rows = [
+        {"shape": "a", "what": "forward", "size": [1, 2, 3, 4, 5], "ms": {"ours": 0.1, "cudnn": 0.2}},
+        {"shape": "a", "what": "forward + backward", "size": [1, 2, 3, 4, 5], "ms": {"ours": 0.3}},
+        {"shape": "a", "what": "backward, by difference", "ms": {"ours": 0.2}},
+    ]
+    data = {"device": "A GPU", "driver": "1", "python": "3", "torch": "2", "commit": "abcdef1", "results": rows}
+    (tmp_path / "attention-a-gpu.json").write_text(json.dumps(data))
+    text = "\n".join(tables.sections(tables.load(tmp_path), str))
+    assert "| a | 1×2×3×4×5 | **0.100 / 0.300** | – |" in text
+    assert "abcdef1" in text
