@@ -369,6 +369,18 @@ def test_packed_sequences_are_the_sequences(
             torch.testing.assert_close(ours.grad / scale, theirs.grad / scale, rtol=0, atol=1e-9, msg=path)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compiled_layers_take_our_kernel_for_packed_sequences(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_routes, "packed_obstacle", lambda *_: "")
+    monkeypatch.setattr(attention_routes, "torch_obstacle", lambda *_: "")
+    monkeypatch.setattr(attention_routes._Trial, "packed_proof", lambda *_: "")
+    monkeypatch.setattr(attention_routes._Trial, "packed_race", lambda self, dtype, first, second: attention_routes.FLASH)
+    model = model_of("gpt2")
+    fuse(model, custom_cuda_kernels=[], padding_free=True, memory_efficient_fusion=compiled, autotune="full")
+    routing = getattr(model.transformer.h[0].attn.config, ROUTING)
+    assert dict(routing.packed)[torch.float32] == (OURS if compiled else attention_routes.FLASH)
+
+
 def test_packed_calls_that_make_no_sense_are_errors() -> None:
     model = model_of("bert")
     fuse(model, padding_free=True)
