@@ -357,6 +357,7 @@ PLAIN: dict[str, Any] = {
     "HAS_LEFT": False,
     "HAS_RIGHT": False,
     "DROPOUT": False,
+    "REST": False,
     "TABLE_GRADIENT": False,
     "DELTA": False,
     "APART": False,
@@ -364,7 +365,7 @@ PLAIN: dict[str, Any] = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "T5": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "HAS_RIGHT": True},
+    "T5": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "HAS_RIGHT": True, "REST": True},
     "everything": {
         name: 2 if name == "RANGE" else True for name in PLAIN if name not in ("HAS_SLOPES", "ALIGNED", "DELTA", "APART")
     },
@@ -382,6 +383,7 @@ NEEDED = {
     "q_offsets_ptr": "PACKED",
     "k_offsets_ptr": "PACKED",
     "rng_ptr": "DROPOUT",
+    "rest_ptr": "REST",
     "far_ptr": "TABLE_GRADIENT",
 }
 
@@ -452,8 +454,9 @@ def test_nothing_spills_and_nothing_is_sorted_on_the_way(kind: str, compile_for_
 def test_other_kernels_compile_for_every_target(compile_for_all_targets: Callable[..., Any]) -> None:
     strides = dict.fromkeys(("o_batch", "o_head", "o_token", "g_batch", "g_head", "g_token"), "i32")
     numbers = dict.fromkeys(("heads", "queries", "blocks", "sum_batch", "sum_head"), "i32") | strides
-    signature = {"out_ptr": "*bf16", "dout_ptr": "*bf16", "delta_ptr": "*fp32", "q_offsets_ptr": "*i32", **numbers}
-    constants: dict[str, Any] = {"DIM": 256, "WIDTH": 256, "UNIT": 16, "PACKED": True, "QUERIES": 64}
+    pointers = {"out_ptr": "*bf16", "rest_ptr": "*bf16", "dout_ptr": "*bf16", "delta_ptr": "*fp32", "q_offsets_ptr": "*i32"}
+    signature = {**pointers, **numbers}
+    constants: dict[str, Any] = {"DIM": 256, "WIDTH": 256, "UNIT": 16, "PACKED": True, "REST": True, "QUERIES": 64}
     compile_for_all_targets(kernels._attention_delta_kernel, signature, constants, spill_allowed=64)
     signature = {
         "table_ptr": "*bf16",
