@@ -189,7 +189,7 @@ def test_the_eager_function_hands_its_gradients_over_once(device: torch.device) 
     for eager in (True, False):
         leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
         if eager:
-            loss, count = op._Loss.apply(leaves[0], leaves[1], labels, leaves[2], OPTIONS["smoothed"])
+            loss, count = op._Loss.apply(leaves[0], leaves[1], labels, leaves[2], OPTIONS["smoothed"], None)
             loss = loss / count
         else:
             loss = op.linear_cross_entropy(leaves[0], leaves[1], labels, bias=leaves[2], label_smoothing=0.1)
