@@ -84,8 +84,8 @@ class MemoryEfficientFusion:
         if not isinstance(self.cuda_graphs, bool):
             raise _wrong(f"{AOT_BLOCK}.cuda_graphs", self.cuda_graphs, "true or false", "write true or false, without quotes")
         if self.cuda_graphs and scope != "model":
-            remedy = "scope: model, or cuda_graphs: false"
-            raise _wrong(f"{AOT_BLOCK}.cuda_graphs", f"true with scope: {scope}", "true with scope: model", remedy)
+            remedy = f"scope: model, which is {scope} now, or cuda_graphs: false"
+            raise _wrong(f"{AOT_BLOCK}.cuda_graphs", True, "false, or true with scope: model", remedy)
         path = f"{AOT_BLOCK}.replacements"
         if isinstance(names, (str, bytes)) or not isinstance(names, Sequence):
             raise _wrong(path, names, "a list of 'package.module:name'", "write replacements: [my_package.kernels:gated]")

@@ -101,7 +101,7 @@ def test_memory_efficient_fusion_is_a_switch_or_a_block() -> None:
         ({"kernel_fusion": {"memory_efficient_fusion": "yes"}}, ["kernel_fusion.memory_efficient_fusion", "'yes' (str)"]),
         ({"kernel_fusion": {"memory_efficient_fusion": None}}, ["memory_efficient_fusion", "None", "activation_memory_budget"]),
         (aot({"cuda_graphs": 1}), ["kernel_fusion.memory_efficient_fusion.cuda_graphs", "true or false"]),
-        (aot({"cuda_graphs": True}), ["kernel_fusion.memory_efficient_fusion.cuda_graphs", "scope: layer", "scope: model"]),
+        (aot({"cuda_graphs": True}), ["kernel_fusion.memory_efficient_fusion.cuda_graphs", "scope: model", "layer now"]),
         (aot({"scope": "layers"}), ["kernel_fusion.memory_efficient_fusion.scope", "layer | model", "did you mean layer?"]),
         (aot({"activation_memory_budget": 1.5}), ["memory_efficient_fusion.activation_memory_budget", "1.5", "0 to 1"]),
         (aot({"activation_memory_budget": 50}), ["50 (int)", "50 % is 0.5"]),

@@ -260,7 +260,7 @@ def _decide(facts: Facts, device: torch.device, dtype: torch.dtype, scope: Scope
     if not taken and not trial.packs:
         return Decision(reason, timings=tuple(trial.timings))
     after = [f"{', '.join(names)}, chosen by length"] if names else []
-    after += ["packed sequences by " + ", ".join(dict.fromkeys(name for _, name in packed) or [OURS])] if trial.packs else []
+    after += ["packed sequences by " + (", ".join(dict.fromkeys(name for _, name in packed)) or "plain PyTorch")] * trial.packs
     noted = Noted(reason, site, ROOM)
     routing = Routing(device.type, facts.dim, tuple(taken), tuple(packed), noted)
     return Decision(reason, "; ".join(after), routing, tuple(trial.timings))
