@@ -10,7 +10,7 @@ What a graph reads and writes lies at fixed addresses, so the care that others l
 - What a forward keeps for its backward lies in the graph's own memory. While a forward waits for its backward, another call
   runs as it did before, uncaptured; a second backward through one forward is an error.
 - Parameters are read where they lie, so an optimizer's update in place is seen. If one lies elsewhere than when the graphs were
-  captured, they are captured again.
+  captured, or a number or a flag on a part of the module is another (the probability of a dropout), they are captured again.
 
 Random numbers go on from replay to replay: torch's generator gives a graph its offset when it is replayed.
 """
@@ -32,10 +32,13 @@ Note = Callable[[str], None]
 WARM_CALLS = 2
 """Calls with a shape before it is captured: they compile, and settle what is chosen at a first call."""
 
-_generation = [0]
-
 MOST_SHAPES = 4
 """Shapes that are captured of one module. Each keeps the memory of its own forward."""
+
+MOST_CAPTURES = 8
+"""How often a shape is captured. What has to be captured more often changes all the time, and gains nothing."""
+
+_generation = [0]
 
 
 class TrainingGraphs:
@@ -131,6 +134,7 @@ class Captured:
         gradients: of both, in this order.
         read: every tensor of the module: the dictionary and the name it is held by, the tensor, its address, whether it gets
             a gradient.
+        settings: every number and flag on a part of the module: the dictionary and the name it is held by, and its value.
         generation: of torch's generator, see :func:`_release_generator`.
     """
 
@@ -146,6 +150,7 @@ class Captured:
     parameters: list[nn.Parameter]
     gradients: tuple[Tensor | None, ...]
     read: list[tuple[dict[str, Any], str, Tensor, int, bool]]
+    settings: list[tuple[dict[str, Any], str, Any]]
     generation: int
 
     @property
@@ -154,10 +159,22 @@ class Captured:
 
         Asked at every call, hence by the dictionaries that hold the tensors: walking over a module's parts takes 1 to 2 ms.
         """
-        return self.generation == _generation[0] and all(
+        same = all(
             holder.get(name) is tensor and tensor.data_ptr() == where and tensor.requires_grad == wanted
             for holder, name, tensor, where, wanted in self.read
         )
+        same = same and all(holder.get(name) == value for holder, name, value in self.settings)
+        return same and self.generation == _generation[0]
+
+
+def settings_of(module: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+    """Where numbers and flags of a module's parts are held, and what they are now."""
+    return [
+        (part.__dict__, name, value)
+        for part in module.modules()
+        for name, value in part.__dict__.items()
+        if isinstance(value, (bool, int, float))
+    ]
 
 
 class Pair:
@@ -174,6 +191,7 @@ class Pair:
         numbers: dict[int, int] = {}
         self.distinct = [index for index in self.places if numbers.setdefault(id(leaves[index]), index) == index]
         self.calls = 0
+        self.captures = 0
         self.failure = ""
         self.captured: Captured | None = None
         self._token: weakref.ref[Token] | None = None
@@ -186,6 +204,10 @@ class Pair:
     def capture(self, leaves: Sequence[Any]) -> Captured | None:
         """Capture both, on copies of these inputs; on failure say why in :attr:`failure`."""
         self.captured = None  # the memory of earlier graphs is free first
+        self.captures += 1
+        if self.captures > MOST_CAPTURES:
+            self.failure = f"its parameters or settings have changed {MOST_CAPTURES} times"
+            return None
         device = leaves[self.places[0]].device
         try:
             self.captured = self._capture(leaves, device)
@@ -246,6 +268,7 @@ class Pair:
             parameters,
             gradients,
             read,
+            settings_of(module),
             _generation[0],
         )
 

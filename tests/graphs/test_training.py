@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from oslo_fusion import initialize, report
-from oslo_fusion.graphs import TrainingGraphs
-from oslo_fusion.graphs.training import WARM_CALLS
+from oslo_fusion.graphs import TrainingGraphs, training
+from oslo_fusion.graphs.training import WARM_CALLS, Captured, settings_of
 from oslo_fusion.models import build_model
 from oslo_fusion.workload import switch_off_dropout
 
@@ -77,6 +77,40 @@ def test_what_is_no_tensor_and_no_number_runs_as_it_was() -> None:
     torch.testing.assert_close(run(torch.ones(1).expand(2)), torch.full((2,), 2.0))
     assert "a Other" in run.notes[0]
     assert "expanded" in run.notes[1]
+
+
+def test_what_a_graph_has_read_is_compared_before_a_replay() -> None:
+    module = Two(0.5)
+    read = [(module.first._parameters, "weight", module.first.weight, module.first.weight.data_ptr(), True)]
+    nothing: Any = None
+    captured = Captured(
+        nothing, nothing, [], [], None, [], [], [], [], [], (), read, settings_of(module), training._generation[0]
+    )
+    assert captured.is_current
+    module.dropout.p = 0.25
+    assert not captured.is_current
+    module.dropout.p = 0.5
+    assert captured.is_current
+    module.second.eval()
+    assert not captured.is_current
+    module.train()
+    module.first.weight.requires_grad_(False)
+    assert not captured.is_current
+    module.first.weight.requires_grad_(True)
+    module.first.weight.data = module.first.weight.data.clone()
+    assert not captured.is_current
+
+
+@gpu
+@needs_gpu
+def test_another_dropout_is_seen() -> None:
+    module = Two(0.5).cuda()
+    run = Runner(module)
+    x = torch.randn(64, 16, device="cuda", requires_grad=True)
+    run.warm(x)
+    run(x)
+    module.dropout.p = 0.0
+    torch.testing.assert_close(answers(run, module, x), answers(module, module, x))
 
 
 @gpu
