@@ -19,6 +19,7 @@ from oslo_fusion.ops.attention_backends import run_masked
 
 _IN_PLACE = frozenset({"iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift"})
 _IN_PLACE |= {"isub", "itruediv", "ixor", "setitem"}
+_RANDOM = ("rand", "bernoulli", "dropout", "multinomial", "normal", "poisson")
 _LARGEST = 1 << 28  # elements that are made to be looked at
 _MASK, _CAUSAL = "attn_mask", "is_causal"
 _POSITIONAL = ("query", "key", "value", _MASK, "dropout_p", _CAUSAL)
@@ -148,7 +149,7 @@ def _made_of(mask: fx.Node) -> list[fx.Node] | None:
 def _has_effect(node: fx.Node) -> bool:
     """vmap's levels, contexts, random numbers; and what :func:`_writes`."""
     module, name = getattr(node.target, "__module__", None) or "", getattr(node.target, "__name__", str(node.target))
-    return "functorch" in module or name.startswith(("rand", "_enter", "_exit")) or _writes(node)
+    return "functorch" in module or name.startswith((*_RANDOM, "_enter", "_exit")) or _writes(node)
 
 
 def _writes(node: fx.Node) -> bool:

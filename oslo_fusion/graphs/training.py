@@ -82,7 +82,7 @@ class TrainingGraphs:
             if len(self._pairs) >= self.most_shapes:
                 note(f"{self.most_shapes} shapes are captured as CUDA graphs; calls of others run uncaptured")
                 return function(*args, **kwargs)
-            pair = self._pairs[key] = Pair(function, module, leaves, spec)
+            pair = self._pairs[key] = Pair(leaves, spec)
         if pair.failure or pair.calls < WARM_CALLS:
             pair.calls += 1
             return function(*args, **kwargs)
@@ -91,7 +91,7 @@ class TrainingGraphs:
             return function(*args, **kwargs)
         captured = pair.captured
         if captured is None or not captured.is_current:
-            captured = pair.capture(leaves)
+            captured = pair.capture(function, module, leaves)
             if captured is None:
                 note(f"it cannot be captured as a CUDA graph: {pair.failure}")
                 return function(*args, **kwargs)
@@ -181,12 +181,11 @@ class Pair:
     """Forward and backward of one shape.
 
     Args:
-        function, module: as for :meth:`TrainingGraphs.run`.
-        leaves, spec: its flattened arguments.
+        leaves, spec: the flattened arguments of a call.
     """
 
-    def __init__(self, function: Function, module: nn.Module, leaves: Sequence[Any], spec: Any) -> None:
-        self.function, self._module, self.spec = function, weakref.ref(module), spec
+    def __init__(self, leaves: Sequence[Any], spec: Any) -> None:
+        self.spec = spec
         self.places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         numbers: dict[int, int] = {}
         self.distinct = [index for index in self.places if numbers.setdefault(id(leaves[index]), index) == index]
@@ -201,8 +200,9 @@ class Pair:
         """Whether a forward was replayed, and its backward may still come."""
         return self._token is not None and self._token() is not None
 
-    def capture(self, leaves: Sequence[Any]) -> Captured | None:
-        """Capture both, on copies of these inputs; on failure say why in :attr:`failure`."""
+    def capture(self, function: Function, module: nn.Module, leaves: Sequence[Any]) -> Captured | None:
+        """Capture both, on copies of these inputs; on failure say why in :attr:`failure`. Arguments: as of
+        :meth:`TrainingGraphs.run`."""
         self.captured = None  # the memory of earlier graphs is free first
         self.captures += 1
         if self.captures > MOST_CAPTURES:
@@ -210,15 +210,14 @@ class Pair:
             return None
         device = leaves[self.places[0]].device
         try:
-            self.captured = self._capture(leaves, device)
+            with torch.cuda.device(device):
+                self.captured = self._capture(function, module, leaves, device)
         except Exception as error:  # whatever cannot be captured runs as it did
             self.failure = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
             _release_generator(device)
         return self.captured
 
-    def _capture(self, leaves: Sequence[Any], device: torch.device) -> Captured:
-        module = self._module()
-        assert module is not None, "it is a part of what calls this"
+    def _capture(self, function: Function, module: nn.Module, leaves: Sequence[Any], device: torch.device) -> Captured:
         read: list[tuple[dict[str, Any], str, Tensor, int, bool]] = [
             (holder, name, tensor, tensor.data_ptr(), tensor.requires_grad)
             for part in module.modules()
@@ -236,13 +235,15 @@ class Pair:
         inputs = list(copies.values())
         args, kwargs = pytree.tree_unflatten(filled, self.spec)
         forward, backward, pool = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        # Of this device: torch's own stream for captures is of whichever device was captured on first.
+        stream = torch.cuda.Stream(device)
         torch.cuda.synchronize(device)
         aliases = {id(tensor): _alias(tensor) for _, _, tensor, _, _ in read}
         try:
             for holder, name, tensor, _, _ in read:
                 holder[name] = aliases[id(tensor)]
-            with torch.cuda.graph(forward, pool=pool):
-                result = self.function(*args, **kwargs)
+            with torch.cuda.graph(forward, pool=pool, stream=stream):
+                result = function(*args, **kwargs)
         finally:
             for holder, name, tensor, _, _ in read:
                 holder[name] = tensor
@@ -252,7 +253,7 @@ class Pair:
         output_gradients = [torch.zeros_like(x) for x in outputs]
         wanted = [index for index, t in enumerate(inputs) if t.requires_grad]
         sources = [*(inputs[index] for index in wanted), *(aliases[id(p)] for p in parameters)]
-        with torch.cuda.graph(backward, pool=pool):
+        with torch.cuda.graph(backward, pool=pool, stream=stream):
             gradients = torch.autograd.grad(outputs, sources, output_gradients, allow_unused=True)
         return Captured(
             forward,

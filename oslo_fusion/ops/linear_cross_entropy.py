@@ -235,9 +235,10 @@ class LabelCount:
         count = (labels != ignore_index).sum()
         self._ready: torch.cuda.Event | None = None
         if labels.is_cuda:
-            self._number = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(count, non_blocking=True)
-            self._ready = torch.cuda.Event()
-            self._ready.record()
+            with torch.cuda.device(labels.device):  # whose stream counts, whatever device is current
+                self._number = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(count, non_blocking=True)
+                self._ready = torch.cuda.Event()
+                self._ready.record()
         else:
             self._number = count
 

@@ -101,7 +101,10 @@ def test_a_mask_that_something_writes_to_or_that_is_random_stays() -> None:
     def drawn(q: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, q, q, attn_mask=(torch.rand(1, 1, 9, 9) >= 0) & causal(9))
 
-    for function in (written, drawn):
+    def tossed(q: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=torch.bernoulli(torch.ones(1, 1, 9, 9)).bool() & causal(9))
+
+    for function in (written, drawn, tossed):
         ((found, _),) = attentions(function, torch.randn(2, 2, 9, 8))
         assert isinstance(found, fx.Node)
 
