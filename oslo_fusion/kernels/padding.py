@@ -39,7 +39,10 @@ ATTENDED, COLUMNS, TEXT, NOWHERE = "attended", "columns", "text", ""
 """How a model numbers the tokens of a row where it is given no ``position_ids``: attended ones, columns of the batch, tokens
 that are not the padding token (from one after its number on, as RoBERTa does), or not at all."""
 
-_FINEST, _COARSEST, _SHARE = 16, 512, 64
+FINE, COARSE = 64, 16
+"""How many packed lengths there are for each doubling; the coarse ones where each costs the capture of CUDA graphs."""
+
+_FINEST, _LONGEST_PIECE = 16, 256
 _LONGEST = 512
 _OFFSETS = "cu_seq_lens_q"
 _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
@@ -50,15 +53,25 @@ _WITHOUT_CACHE = ("use_cache", "output_attentions", "logits_to_keep")
 """Arguments that a packed call has no answer for, unless they are off."""
 
 
-def bucket(tokens: int) -> int:
-    """The packed length for this many tokens: at least one more, and at most 64 different ones for each doubling.
+def step(tokens: int, lengths: int = FINE) -> int:
+    """By how many tokens neighbouring packed lengths differ: a share of the power of two below.
 
-    Steps are a 64th of the power of two below, so from 1024 tokens on at most 1.6 % of the work is for nothing, and half of
-    that on average. They are no finer than 16, to which tensor cores want a matrix aligned, and no coarser than 512, because
-    the rest is a text of its own, and attention grows with the square of a length.
+    Not less than 16, to which tensor cores want a matrix aligned.
+
+    Args:
+        tokens: in all.
+        lengths: different ones for each doubling.
     """
-    step = min(_COARSEST, max(_FINEST, (1 << (tokens.bit_length() - 1)) // _SHARE))
-    return (tokens // step + 1) * step
+    return max(_FINEST, (1 << (tokens.bit_length() - 1)) // lengths)
+
+
+def bucket(tokens: int, lengths: int = FINE) -> int:
+    """The packed length for this many tokens: the next multiple of :func:`step`, at least one token more.
+
+    Of 64 lengths for each doubling at most 1.6 % of the work is for nothing, of 16 of them 6.3 %, and half of that on average.
+    """
+    size = step(tokens, lengths)
+    return (tokens // size + 1) * size
 
 
 @dataclass(frozen=True)
@@ -163,9 +176,14 @@ class Packing:
         return pytree.tree_map_only(Tensor, back, output)
 
 
-def pack(batch: Batch) -> Packing:
-    """Find the source of each packed token: the first place up to which there are as many."""
-    length, last = bucket(batch.tokens), batch.counts.shape[0] - 1
+def pack(batch: Batch, lengths: int = FINE) -> Packing:
+    """Find the source of each packed token: the first place up to which there are as many.
+
+    Args:
+        batch: as measured.
+        lengths: as for :func:`bucket`.
+    """
+    length, last = bucket(batch.tokens, lengths), batch.counts.shape[0] - 1
     wanted = torch.arange(1, length + 1, device=batch.counts.device)
     source = torch.searchsorted(batch.counts, wanted).clamp_(max=last)
     return Packing(source, batch.tokens, batch.shape)
@@ -239,7 +257,7 @@ class PaddingFreeForward(Wrapping):
     What it can't pack runs as it was, and the report says why. Settings: how the model numbers tokens (``positions`` and the
     padding token ``pad``); ``labels``: whether they are one per token, and ``shifted``, that each belongs to the token before
     it; ``caches``: it returns a key/value cache unless told not to; ``left``: rows may begin with padding; ``empty``: or be
-    nothing else.
+    nothing else; ``lengths``: how many packed lengths there are for each doubling.
     """
 
     def __init__(self, module: Any, settings: Any) -> None:
@@ -323,7 +341,7 @@ class PaddingFreeForward(Wrapping):
             return "a row without a token"
         if batch.tokens == size:
             return "a mask without padding"
-        if bucket(batch.tokens) >= size:
+        if bucket(batch.tokens, self.settings["lengths"]) >= size:
             return "next to no padding"
         if batch.stray:
             return "a label that counts is predicted at padding; label it -100"
@@ -335,7 +353,7 @@ class PaddingFreeForward(Wrapping):
 
     def _run(self, inner: Callable[..., Any], given: dict[str, Any], batch: Batch) -> Any:
         settings = self.settings
-        packing = pack(batch)
+        packing = pack(batch, settings["lengths"])
         settings["calls"].pack(packing)
         call = {name: value for name, value in given.items() if value is not None}
         for name in _PER_TOKEN:
@@ -348,16 +366,22 @@ class PaddingFreeForward(Wrapping):
             call["labels"] = packing.packed_labels(call["labels"].to(batch.ends.device), settings["shifted"])
         if settings["caches"] and "use_cache" in self.parameters:
             call["use_cache"] = False
-        self._sequences = max(self._sequences, packing.shape[0] + 1)
         self._longest = max(self._longest, _LONGEST, 1 << (batch.longest - 1).bit_length())
-        rest = self._sequences - packing.shape[0]  # the rest, and texts without a token
-        offsets = F.pad(batch.ends, (0, rest), value=packing.length).int()
+        offsets = self._offsets(batch, packing)
         # Attention is told by the offsets. One that does not read them must not go unnoticed: it gets numbers that are none.
         call["attention_mask"] = torch.full((1, 1, 1, 1), float("nan"), device=batch.ends.device)
         call.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=self._longest, max_length_k=self._longest)
         with _packed(packing):
             output = inner(**call)
         return packing.padded_everywhere(output)
+
+    def _offsets(self, batch: Batch, packing: Packing) -> Tensor:
+        """Where texts begin: those of the batch, the rest in pieces, as attention grows with the square of a length, and of no
+        tokens as many as make up the number."""
+        pieces = -(-step(packing.tokens, self.settings["lengths"]) // _LONGEST_PIECE)
+        self._sequences = max(self._sequences, packing.shape[0] + pieces)
+        rest = torch.arange(1, self._sequences - packing.shape[0] + 1, device=batch.ends.device)
+        return torch.cat([batch.ends, (packing.tokens + _LONGEST_PIECE * rest).clamp_(max=packing.length)]).int()
 
     def _positions(self, given: dict[str, Any], batch: Batch, packing: Packing) -> Tensor | None:
         """Numbers of the packed tokens: those that the padded model would have given them."""
