@@ -106,19 +106,22 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._place: tuple[Any, torch.cuda.Stream] | None = None
         self._token: weakref.ref[Token] | None = None
 
-    @property
-    def pool(self) -> Any:
-        """The pool that torch's allocator takes the memory from."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return self._pool
+    def place(self, device: torch.device) -> tuple[Any, torch.cuda.Stream]:
+        """The pool that torch's allocator takes the memory from, and the stream to capture on.
+
+        The allocator gives memory that was used on one stream to no other. And torch's own stream for captures is of whichever
+        device was captured on first.
+        """
+        if self._place is None or self._place[1].device != device:
+            self._place = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        return self._place
 
     def leave(self) -> None:
         """A capture failed, and the allocator may hold its pool for one that goes on: later ones take another."""
-        self._pool = None
+        self._place = None
 
     @property
     def waits(self) -> bool:
@@ -271,9 +274,8 @@ class Pair:
             filled[place] = copies[id(given)]
         inputs = list(copies.values())
         args, kwargs = pytree.tree_unflatten(filled, self.spec)
-        forward, backward, pool = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), self.memory.pool
-        # Of this device: torch's own stream for captures is of whichever device was captured on first.
-        stream = torch.cuda.Stream(device)
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        pool, stream = self.memory.place(device)
         torch.cuda.synchronize(device)
         aliases = {id(tensor): _alias(tensor) for _, _, tensor, _, _ in read}
         try:
@@ -347,11 +349,25 @@ class Pair:
             else:
                 place.copy_(gradient)
         captured.backward.replay()
-        found = [None if g is None else g.clone() for g in captured.gradients]
+        found = _copies(captured.gradients)
         of_inputs: list[Tensor | None] = [None] * len(captured.inputs)
         for index, of_input in zip(captured.wanted, found, strict=False):
             of_inputs[index] = of_input
         return (*of_inputs, *found[len(captured.wanted) :])
+
+
+def _copies(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """A copy of each, by few launches: BERT has 200 gradients, and one by one their copies take 0.9 ms of the device."""
+    copies = [None if x is None else torch.empty_like(x) for x in tensors]
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for copy, x in zip(copies, tensors, strict=True):
+        if copy is not None and x is not None:
+            targets, sources = by_dtype.setdefault(x.dtype, ([], []))
+            targets.append(copy)
+            sources.append(x)
+    for targets, sources in by_dtype.values():
+        torch._foreach_copy_(targets, sources)
+    return copies
 
 
 def _release_generator(device: torch.device) -> None:

@@ -409,6 +409,8 @@ def _results(model: Any, batch: Arguments) -> _Results:
     """Outputs where there is text, and gradients, by name; the layers' have one name."""
     mask = batch["attention_mask"].bool()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    batch = {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items()}  # labels of a regression
     results: _Results = {}
     with torch.enable_grad():
         output = model(**batch)
