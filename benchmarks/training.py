@@ -621,6 +621,8 @@ def kernels(section: Mapping[str, Any]) -> Iterator[str]:
         yield f"{'ms':>9} {'share':>6} {'calls':>6}  kernel"
         for kernel in found["kernels"]:
             yield f"{kernel['ms']:9.3f} {100 * kernel['share']:5.1f}% {kernel['calls']:6.0f}  {kernel['name'][:110]}"
+        yield f"\n{'idle ms':>9}, of {found['idle_ms']:.2f}"
+        yield from (f"{wait['ms']:9.3f}  after {wait['after']}, before {wait['before']}" for wait in found["idle"])
 
 
 def table(result: Mapping[str, Any]) -> Table:

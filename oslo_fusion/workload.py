@@ -41,6 +41,7 @@ the same with ``mode="reduce-overhead"``, which replays CUDA graphs. ``oslo_fusi
 config)``."""
 
 _ROUNDS = 5
+_LONGEST_WAITS = 12
 MIN_WARMUP = 5  # TorchScript's profiling executor runs, profiles, then compiles: forward and backward are settled after four
 
 
@@ -224,8 +225,8 @@ class Measurement:
         first_call_s: the very first call.
         warmup_s: all calls before the timed ones together, the first included.
         second_shape_s: the first call with another batch and length, right after the timed ones; None if not asked.
-        peak_bytes: most memory allocated on the device during the timed calls, weights included, other models that are
-            there at the time not; None on the CPU.
+        peak_bytes: most memory allocated on the device during the timed calls, weights and the memory of captured CUDA graphs
+            included, other models that are there at the time not; None on the CPU.
         repeats: how many calls were timed.
     """
 
@@ -312,13 +313,20 @@ class Stopwatch:
             first_call_s=self._warming[0],
             warmup_s=sum(self._warming),
             second_shape_s=self._timed(second_shape) if second_shape else None,
-            peak_bytes=resident + self._rise if self._device.type == "cuda" else None,
+            peak_bytes=resident + self._rise + _kept_for_graphs(self._device) if self._device.type == "cuda" else None,
             repeats=len(times),
         )
 
 
 def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _kept_for_graphs(device: torch.device) -> int:
+    """Bytes that captured CUDA graphs use while they are replayed: the allocator has them in pools of their own and counts
+    them as free."""
+    segments = (s for s in torch.cuda.memory_snapshot() if s["device"] == (device.index or 0))
+    return sum(s["total_size"] - s["allocated_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
 
 
 def _check_calls(repeats: int, warmup: int) -> None:
@@ -345,8 +353,8 @@ def profile(step: Callable[[], object], device: torch.device, calls: int = 3, to
     Returns:
         ``wall_ms`` (synchronized, median), ``host_ms`` (until the call returns, with the device idle at its start:
         close to ``wall_ms`` means that the host is the limit), ``device_ms`` (sum of all kernels, copies and fills),
-        ``launches`` (their number), and ``kernels``: ``name``, ``ms``, ``calls``, ``share`` of ``device_ms``, largest
-        first.
+        ``launches`` (their number), ``idle_ms`` (of all calls, between two kernels), ``idle``: the longest waits with the
+        kernels before and after, and ``kernels``: ``name``, ``ms``, ``calls``, ``share`` of ``device_ms``, largest first.
     """
     wall, host = [], []
     for _ in range(5):
@@ -370,12 +378,15 @@ def profile(step: Callable[[], object], device: torch.device, calls: int = 3, to
         and not event.key.startswith(("Optimizer.", "ProfilerStep"))  # spans around kernels, which would count twice
     ]
     kernels.sort(key=lambda event: -event.self_device_time_total)
+    idle = _idle(trace.events())
     total = sum(event.self_device_time_total for event in kernels)
     return {
         "wall_ms": sorted(wall)[2] * 1e3,
         "host_ms": sorted(host)[2] * 1e3,
         "device_ms": total / calls / 1e3,
         "launches": sum(event.count for event in kernels) / calls,
+        "idle_ms": sum(ms for ms, _, _ in idle) / calls,
+        "idle": [{"ms": ms, "after": after[:80], "before": before[:80]} for ms, after, before in idle[:_LONGEST_WAITS]],
         "kernels": [
             {
                 "name": event.key[:160],
@@ -386,6 +397,24 @@ def profile(step: Callable[[], object], device: torch.device, calls: int = 3, to
             for event in kernels[:top]
         ],
     }
+
+
+def _idle(events: Any) -> list[tuple[float, str, str]]:
+    """Times in which a device did nothing, ms, longest first, with the names of what ran before and after."""
+    spans = sorted(
+        (e.time_range.start, e.time_range.end, e.name)
+        for e in events
+        if e.device_type == torch._C._autograd.DeviceType.CUDA
+        and not getattr(e, "is_user_annotation", False)
+        and not e.name.startswith(("Optimizer.", "ProfilerStep"))
+    )
+    found, until, last = [], math.inf, ""
+    for start, end, name in spans:
+        if start > until:
+            found.append(((start - until) / 1e3, last, name))
+        if end > until or math.isinf(until):
+            until, last = end, name
+    return sorted(found, reverse=True)
 
 
 # --- the roof -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import functools
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -355,6 +356,16 @@ def test_importing_imports_neither_transformers_nor_triton():
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
 
+def test_waits_between_kernels_are_found():
+    def event(name, start, end, kind=torch._C._autograd.DeviceType.CUDA):
+        span = types.SimpleNamespace(start=start, end=end)
+        return types.SimpleNamespace(name=name, time_range=span, device_type=kind, is_user_annotation=False)
+
+    host = event("aten::mm", 0, 9000, torch._C._autograd.DeviceType.CPU)
+    events = [event("c", 5000, 6000), host, event("a", 1000, 2000), event("b", 1500, 2500), event("d", 6500, 7000)]
+    assert workload._idle(events) == [(2.5, "b", "c"), (0.5, "c", "d")]
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("mode", MODES)
@@ -367,6 +378,7 @@ def test_gpu_rows_have_memory_and_a_profile(mode):
         found = row["profile"]
         assert found["device_ms"] > 0
         assert found["launches"] > 10
+        assert found["idle_ms"] >= sum(wait["ms"] for wait in found["idle"]) > 0
         assert 0 < len(found["kernels"]) <= 12
         assert sum(kernel["share"] for kernel in found["kernels"]) <= 1 + 1e-6
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from oslo_fusion.aot.error_functions import shorten_error_functions
 from oslo_fusion.aot.gated_mlps import CUT_AT, Parts, cut_gated_mlps
 from oslo_fusion.aot.masks import simplify_masks
 from oslo_fusion.aot.record import Break, Graph, Record
@@ -100,9 +101,9 @@ class Backend:
         self.activation_memory_budget = MemoryEfficientFusion(activation_memory_budget).activation_memory_budget
         self.record = record if record is not None else Record()
         self.compiler = compiler
-        self._patches: dict[str, Any] = {}
-        if passes:
-            self._patches["post_grad_custom_pre_pass"] = _graph_pass(*passes)
+        shorten = shorten_error_functions
+        last = _graph_pass(*passes, shorten) if passes else _graph_pass(shorten, name=f"{shorten.__name__} 1")
+        self._patches: dict[str, Any] = {"post_grad_custom_pre_pass": last}
         self._replaces = bool(replacements)
         if replacements:
             self._patches["joint_custom_pre_pass"] = _graph_pass(_matcher(replacements))
