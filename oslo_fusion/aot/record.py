@@ -99,8 +99,8 @@ class Record:
         return tuple(graph for graph in self.graphs if graph.version == VERSIONS - 1)
 
     def rows(self) -> tuple[Proposal, ...]:
-        """A row per function with gated MLPs, where the dial is low, and with small linear layers of one input; per break, which runs as plain Python between two graphs;
-        and per function with too many versions.
+        """A row per function with gated MLPs, where the dial is low, or small linear layers of one input; per break, which runs
+        as plain Python between two graphs; and per function with too many versions.
         """
         rows = []
         for program in dict.fromkeys(graph.program for graph in self.graphs):
