@@ -136,8 +136,12 @@ class _MergedLinear(torch.autograd.Function):
             dys, theirs = [dy for dy, _ in given], [w for _, w in given]
             if ctx.gradient == "accumulated" and not torch.is_grad_enabled():  # create_graph: it has no gradient of its own
                 dx = SUM_OF_MATMULS(dys, theirs)
+            elif len(given) == 1:
+                dx = torch.mm(dys[0], theirs[0])
             else:
-                dx = torch.mm(torch.cat(dys, 1), torch.cat(theirs)) if len(given) > 1 else torch.mm(dys[0], theirs[0])
+                # The other way round than in the forward: a compiler that sees the same weights side by side twice keeps them
+                # for the backward, a copy of a quarter of a layer's parameters, which FSDP would no longer free.
+                dx = torch.mm(torch.cat(dys[::-1], 1), torch.cat(theirs[::-1]))
             dx = dx.view(x.shape)
         dweights = [
             torch.mm(dy.t(), rows) if want and dy is not None else None for dy, want in zip(flat, want_weights, strict=True)

@@ -131,6 +131,8 @@ def test_what_runs(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sums = sum(n.target is SUM_OF_MATMULS for n in seen[1].graph.nodes)
     assert (counts[0], counts[1], sums) == ([1, 0], *(([0, 4], 0) if form == "side_by_side" else ([0, 3], 1)))
     assert not any(n.target in (aten.clone.default, aten.copy.default) for n in seen[0].graph.nodes)
+    kept = seen[0].graph.output_node().args[0]
+    assert not any(n.target is aten.cat.default for n in kept), "a copy of the parameters is kept for the backward"
 
 
 class Parts(nn.Module):
