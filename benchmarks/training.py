@@ -84,13 +84,20 @@ lengths, uniformly from an eighth of that on."""
 EAGER, OURS, OURS_LOSS, BEST = "eager", "oslo_fusion kernels", "oslo_fusion kernels and loss", "oslo_fusion memory-efficient"
 CHECKPOINTING = " checkpointing"
 DIAL = (0.0, 0.1, 0.25, 0.5, 0.75)
-COMPILED = {BEST: 1.0, **{f"{BEST} at {budget:g}": budget for budget in DIAL}, BEST + CHECKPOINTING: 1.0}
+OURS_WHOLE, CAPTURED = f"{BEST} whole", f"{BEST} captured"
+PADDING_FREE = " padding-free"
+COMPILED: dict[str, dict[str, Any]] = {
+    BEST: compiled(1.0),
+    **{f"{BEST} at {budget:g}": compiled(budget) for budget in DIAL},
+    BEST + CHECKPOINTING: compiled(1.0),
+    BEST + PADDING_FREE: compiled(1.0, padding_free=True),
+    OURS_WHOLE: compiled(1.0, "model"),
+    CAPTURED: compiled(1.0, "model", cuda_graphs=True),
+    CAPTURED + PADDING_FREE: compiled(1.0, "model", cuda_graphs=True, padding_free=True),
+}
 WHOLE = ("compile", "liger compile")
-OURS_WHOLE = f"{BEST} whole"
-CAPTURED = f"{BEST} captured"
-PADDING_FREE = f"{BEST} padding-free"
 PEERS = (EAGER, EAGER + CHECKPOINTING, "liger kernels", "liger", "liger" + CHECKPOINTING, *WHOLE)
-PROVIDERS = (*PEERS, OURS, OURS_LOSS, "oslo_fusion", *COMPILED, OURS_WHOLE, CAPTURED, PADDING_FREE)
+PROVIDERS = (*PEERS, OURS, OURS_LOSS, "oslo_fusion", *COMPILED)
 """``oslo_fusion kernels``: what ``custom_cuda_kernels: all`` gives, without the TorchScript room; ``and loss``: with
 ``FusedLinearCrossEntropy`` too. ``oslo_fusion``: every room. ``memory-efficient``: layers compiled, and the fused loss; ``at``:
 with this ``activation_memory_budget``, else 1; ``whole``: with ``scope: model``, all below the head in one graph;
@@ -162,13 +169,7 @@ def apply_provider(name: str, model: Any) -> None:
     elif name == "oslo_fusion":
         engine.initialize(model, CONFIG)
     elif name in COMPILED:
-        engine.initialize(model, compiled(COMPILED[name]))
-    elif name == OURS_WHOLE:
-        engine.initialize(model, compiled(1.0, "model"))
-    elif name == CAPTURED:
-        engine.initialize(model, compiled(1.0, "model", cuda_graphs=True))
-    elif name == PADDING_FREE:
-        engine.initialize(model, compiled(1.0, padding_free=True))
+        engine.initialize(model, COMPILED[name])
     elif name.startswith("liger"):
         # On this instance, and on transformers' globals where Liger knows no other way.
         liger_recipe(model)(model=model, fused_linear_cross_entropy=name != "liger kernels")
@@ -347,7 +348,7 @@ class Runner:
         """
         model = self.model
         if has_dropout(model):
-            if self.provider in (*WHOLE, OURS_WHOLE, CAPTURED):
+            if self.provider in (*WHOLE, OURS_WHOLE) or self.provider.startswith(CAPTURED):
                 return None
             model = build(self.load)
             apply_provider(self.provider, model)

@@ -179,7 +179,8 @@ def _packed(
         routing.noted.note("attentions were asked for in a packed call: there are none")
     q_offsets, k_offsets, *longest = packed_arguments(kwargs)
     query, key, value = _cast(query, key, value)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # Not x[0], whose gradient is a copy into zeros.
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     out = backends.run_packed(
         routing.packed_backend(q.device.type, q.dtype, q.shape[2], backends.OURS),
         q,

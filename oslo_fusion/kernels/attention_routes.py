@@ -443,9 +443,6 @@ class _Trial:
                 self.refused.setdefault(f"{backend} packed", reason)
             else:
                 able.append(backend)
-        if self.compiled and OURS in able:
-            # flash's operator for packed sequences is for eager code: what Inductor makes of it has not been seen to work.
-            able = [OURS]
         if len(able) > 1 and self.config.autotune != "off":
             # Where both are as fast, the first.
             able = [self.packed_race(dtype, able[0], able[1])]

@@ -5,8 +5,8 @@ A batch of texts comes as ``[rows, columns]`` tokens and an attention mask. Here
 is told where each text begins, by the keyword arguments that transformers has for it (``cu_seq_lens_q`` and the like). What
 comes out with a place for each token goes back to where it was; at padding it is zeros.
 
-The host waits for the device once a call, for the few numbers of :func:`measure`; transformers waits once too, where it looks
-whether a mask may be left out, and does not get to that.
+The host waits for the device once a call, for the few numbers that :class:`Queued` asks for; transformers waits once too, where
+it looks whether a mask may be left out, and does not get to that.
 
 The packed length is rounded up (:func:`bucket`), the offsets have as many entries as the largest batch so far and the length of
 the longest text is rounded up to a power of two that only grows: so that kernels, memory and compiled layers meet few different
@@ -39,7 +39,10 @@ ATTENDED, COLUMNS, TEXT, NOWHERE = "attended", "columns", "text", ""
 """How a model numbers the tokens of a row where it is given no ``position_ids``: attended ones, columns of the batch, tokens
 that are not the padding token (from one after its number on, as RoBERTa does), or not at all."""
 
-_FINEST, _COARSEST, _SHARE = 16, 512, 64
+FINE, COARSE = 64, 16
+"""How many packed lengths there are for each doubling; the coarse ones where each costs the capture of CUDA graphs."""
+
+_FINEST, _LONGEST_PIECE = 16, 256
 _LONGEST = 512
 _OFFSETS = "cu_seq_lens_q"
 _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
@@ -50,15 +53,25 @@ _WITHOUT_CACHE = ("use_cache", "output_attentions", "logits_to_keep")
 """Arguments that a packed call has no answer for, unless they are off."""
 
 
-def bucket(tokens: int) -> int:
-    """The packed length for this many tokens: at least one more, and at most 64 different ones for each doubling.
+def step(tokens: int, lengths: int = FINE) -> int:
+    """By how many tokens neighbouring packed lengths differ: a share of the power of two below.
 
-    Steps are a 64th of the power of two below, so from 1024 tokens on at most 1.6 % of the work is for nothing, and half of
-    that on average. They are no finer than 16, to which tensor cores want a matrix aligned, and no coarser than 512, because
-    the rest is a text of its own, and attention grows with the square of a length.
+    Not less than 16, to which tensor cores want a matrix aligned.
+
+    Args:
+        tokens: in all.
+        lengths: different ones for each doubling.
     """
-    step = min(_COARSEST, max(_FINEST, (1 << (tokens.bit_length() - 1)) // _SHARE))
-    return (tokens // step + 1) * step
+    return max(_FINEST, (1 << (tokens.bit_length() - 1)) // lengths)
+
+
+def bucket(tokens: int, lengths: int = FINE) -> int:
+    """The packed length for this many tokens: the next multiple of :func:`step`, at least one token more.
+
+    Of 64 lengths for each doubling at most 1.6 % of the work is for nothing, of 16 of them 6.3 %, and half of that on average.
+    """
+    size = step(tokens, lengths)
+    return (tokens // size + 1) * size
 
 
 @dataclass(frozen=True)
@@ -66,9 +79,8 @@ class Batch:
     """What the host knows about a padded batch.
 
     Attributes:
-        valid: ``[rows, columns]``, where there is text.
-        ends: ``[rows + 1]``, where each row's text begins in the packed one, and its end.
-        counts: ``[rows × columns]``, tokens so far, this one included.
+        source: ``[rows × columns]``, the place in the flattened padded batch that each packed token comes from.
+        shape: rows and columns.
         tokens: in all.
         longest: tokens of any row.
         texts: rows that are not all padding.
@@ -77,9 +89,8 @@ class Batch:
         stray: whether a label counts at a place that is padding.
     """
 
-    valid: Tensor
-    ends: Tensor
-    counts: Tensor
+    source: Tensor
+    shape: tuple[int, int]
     tokens: int
     longest: int
     texts: int
@@ -87,31 +98,54 @@ class Batch:
     pieces: int
     stray: bool
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return self.valid.shape[0], self.valid.shape[1]
 
+class Queued:
+    """A padded batch before the host knows how long the packed one is: all of its places, of which it takes the first then.
 
-def measure(mask: Tensor, labels: Tensor | None, shifted: bool) -> Batch:
-    """Count a batch's tokens. The one place where the host waits for the device.
+    So there is next to nothing left to launch when the host has waited, and the device with it.
 
     Args:
         mask: ``[rows, columns]``, not zero where there is text.
         labels: ``[rows, columns]``, or None.
         shifted: a label belongs to the token before it.
     """
-    valid = mask != 0
-    counts = valid.flatten().cumsum(0)
-    ends = F.pad(counts[mask.shape[1] - 1 :: mask.shape[1]], (1, 0))
-    lengths = ends[1:] - ends[:-1]
-    begins = valid[:, 0].sum()
-    numbers = [ends[-1], lengths.amax(), (lengths > 0).sum(), begins, begins + (valid[:, 1:] > valid[:, :-1]).sum()]
-    if labels is not None:
-        where, what = (valid[:, :-1], labels[:, 1:]) if shifted else (valid, labels)
-        numbers.append(((what != IGNORED) > where).any())
-    tokens, longest, texts, first, pieces, *stray = torch.stack(numbers).tolist()
-    return Batch(valid, ends, counts, tokens, longest, texts, first, pieces, bool(stray and stray[0]))
+
+    def __init__(self, mask: Tensor, labels: Tensor | None = None, shifted: bool = False) -> None:
+        self.shape, self.valid = (mask.shape[0], mask.shape[1]), mask != 0
+        valid, counts = self.valid, self.valid.flatten().cumsum(0)  # tokens so far, each one included
+        self.place = torch.arange(counts.shape[0], device=counts.device)
+        # The first place up to which there are as many.
+        self.source = torch.searchsorted(counts, self.place + 1).clamp_(max=counts.shape[0] - 1)
+        self.ends = F.pad(counts[mask.shape[1] - 1 :: mask.shape[1]], (1, 0))
+        """``[rows + 1]``, where each row's text begins in the packed batch, and its end."""
+        lengths, begins = self.ends[1:] - self.ends[:-1], valid[:, 0].sum()
+        numbers = [
+            self.ends[-1],
+            lengths.amax(),
+            (lengths > 0).sum(),
+            begins,
+            begins + (valid[:, 1:] > valid[:, :-1]).sum(),
+        ]
+        if labels is not None:
+            where, what = (valid[:, :-1], labels[:, 1:]) if shifted else (valid, labels)
+            numbers.append(((what != IGNORED) > where).any())
+        self._numbers = torch.stack(numbers)
+
+    def packed(self, x: Tensor) -> Tensor:
+        """``[rows, columns, ...]`` → ``[rows × columns, ...]``, the packed tokens first, then anything."""
+        return x.flatten(0, 1).index_select(0, self.source)
+
+    def packed_labels(self, labels: Tensor, shifted: bool) -> Tensor:
+        """Labels, of which the rest's are ignored. Where they are shifted, each still follows the token it belongs to."""
+        if shifted:
+            labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
+        found = self.packed(labels).masked_fill_(self.place >= self.ends[-1], IGNORED)
+        return F.pad(found[:-1], (1, 0), value=IGNORED) if shifted else found
+
+    def read(self) -> Batch:
+        """The one place where the host waits for the device."""
+        tokens, longest, texts, first, pieces, *stray = self._numbers.tolist()
+        return Batch(self.source, self.shape, tokens, longest, texts, first, pieces, bool(stray and stray[0]))
 
 
 @dataclass(frozen=True)
@@ -137,14 +171,6 @@ class Packing:
         """``[rows, columns, ...]`` → ``[1, packed, ...]``."""
         return x.flatten(0, 1).index_select(0, self.source).unsqueeze(0)
 
-    def packed_labels(self, labels: Tensor, shifted: bool) -> Tensor:
-        """Labels, of which the rest's are ignored. Where they are shifted, each still follows the token it belongs to."""
-        if shifted:
-            labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-        found = self.packed(labels.contiguous())
-        found[:, self.tokens :] = IGNORED
-        return F.pad(found[:, :-1], (1, 0), value=IGNORED) if shifted else found
-
     def padded(self, x: Tensor) -> Tensor:
         """``[1, packed, ...]`` → ``[rows, columns, ...]``, zeros at padding."""
         out = x.new_zeros((self.shape[0] * self.shape[1], *x.shape[2:]))
@@ -163,12 +189,14 @@ class Packing:
         return pytree.tree_map_only(Tensor, back, output)
 
 
-def pack(batch: Batch) -> Packing:
-    """Find the source of each packed token: the first place up to which there are as many."""
-    length, last = bucket(batch.tokens), batch.counts.shape[0] - 1
-    wanted = torch.arange(1, length + 1, device=batch.counts.device)
-    source = torch.searchsorted(batch.counts, wanted).clamp_(max=last)
-    return Packing(source, batch.tokens, batch.shape)
+def pack(batch: Batch, lengths: int = FINE) -> Packing:
+    """Where a batch's packed tokens come from.
+
+    Args:
+        batch: as read.
+        lengths: as for :func:`bucket`.
+    """
+    return Packing(batch.source[: bucket(batch.tokens, lengths)], batch.tokens, batch.shape)
 
 
 # --- what was found at run time ----------------------------------------------------------------------------------------------
@@ -239,7 +267,7 @@ class PaddingFreeForward(Wrapping):
     What it can't pack runs as it was, and the report says why. Settings: how the model numbers tokens (``positions`` and the
     padding token ``pad``); ``labels``: whether they are one per token, and ``shifted``, that each belongs to the token before
     it; ``caches``: it returns a key/value cache unless told not to; ``left``: rows may begin with padding; ``empty``: or be
-    nothing else.
+    nothing else; ``lengths``: how many packed lengths there are for each doubling.
     """
 
     def __init__(self, module: Any, settings: Any) -> None:
@@ -260,10 +288,12 @@ class PaddingFreeForward(Wrapping):
         given = self._by_name(args, kwargs)
         reason = self._obstacle(given)
         if reason is None:
-            batch = self._measured(given)
+            queued = self._queued(given)
+            ahead = self._ahead(given, queued)
+            batch = queued.read()
             reason = self._unfit(batch)
             if reason is None:
-                return self._run(inner, given, batch)
+                return self._run(inner, given, ahead, batch)
         self.settings["calls"].leave(reason)
         return inner(*args, **kwargs)
 
@@ -309,21 +339,44 @@ class PaddingFreeForward(Wrapping):
             return "a key/value cache is returned; use_cache=False if it is not wanted"
         return None
 
-    def _measured(self, given: dict[str, Any]) -> Batch:
+    def _queued(self, given: dict[str, Any]) -> Queued:
         labels = given.get("labels") if self.settings["labels"] else None
         ids = given.get("input_ids")
         device = (given["inputs_embeds"] if ids is None else ids).device
         labels = labels if labels is None else labels.to(device)
-        return measure(given["attention_mask"].to(device), labels, self.settings["shifted"])
+        return Queued(given["attention_mask"].to(device), labels, self.settings["shifted"])
+
+    def _ahead(self, given: dict[str, Any], queued: Queued) -> dict[str, Tensor]:
+        """What a packed call is given, one number for each place, before it is known how many are packed."""
+        settings, device = self.settings, queued.source.device
+        found = {
+            name: queued.packed(given[name])
+            for name in _PER_TOKEN
+            if given.get(name) is not None and name not in ("position_ids", "inputs_embeds")
+        }
+        positions = self._positions(given, queued)
+        if positions is not None:
+            found["position_ids"] = positions
+        if settings["labels"] and given.get("labels") is not None:
+            found["labels"] = queued.packed_labels(given["labels"].to(device), settings["shifted"])
+        # Where texts begin: those of the batch, the rest in pieces, as attention grows with the square of a length, and of no
+        # tokens as many as make up the number.
+        pieces = -(-step(queued.place.shape[0], settings["lengths"]) // _LONGEST_PIECE)
+        self._sequences = max(self._sequences, queued.shape[0] + pieces)
+        rest = torch.arange(1, self._sequences - queued.shape[0] + 1, device=device) * _LONGEST_PIECE
+        found[_OFFSETS] = torch.cat([queued.ends, queued.ends[-1] + rest]).int()
+        # Attention is told by the offsets. One that does not read them must not go unnoticed: it gets numbers that are none.
+        found["attention_mask"] = torch.full((1, 1, 1, 1), float("nan"), device=device)
+        return found
 
     def _unfit(self, batch: Batch) -> str | None:
         """Why a batch is not packed."""
-        size = batch.counts.shape[0]
+        size = batch.source.shape[0]
         if not batch.tokens or (batch.texts < batch.shape[0] and not self.settings["empty"]):
             return "a row without a token"
         if batch.tokens == size:
             return "a mask without padding"
-        if bucket(batch.tokens) >= size:
+        if bucket(batch.tokens, self.settings["lengths"]) >= size:
             return "next to no padding"
         if batch.stray:
             return "a label that counts is predicted at padding; label it -100"
@@ -333,46 +386,38 @@ class PaddingFreeForward(Wrapping):
             return "padding at the beginning of a row, where this model's output is read"
         return None
 
-    def _run(self, inner: Callable[..., Any], given: dict[str, Any], batch: Batch) -> Any:
+    def _run(self, inner: Callable[..., Any], given: dict[str, Any], ahead: dict[str, Tensor], batch: Batch) -> Any:
         settings = self.settings
-        packing = pack(batch)
+        packing = pack(batch, settings["lengths"])
         settings["calls"].pack(packing)
+        offsets, mask = ahead.pop(_OFFSETS).clamp_(max=packing.length), ahead.pop("attention_mask")
         call = {name: value for name, value in given.items() if value is not None}
-        for name in _PER_TOKEN:
-            if name in call and name != "position_ids":
-                call[name] = packing.packed(call[name])
-        positions = self._positions(given, batch, packing)
-        if positions is not None:
-            call["position_ids"] = positions
-        if settings["labels"] and "labels" in call:
-            call["labels"] = packing.packed_labels(call["labels"].to(batch.ends.device), settings["shifted"])
+        call.update((name, x[: packing.length].unsqueeze(0)) for name, x in ahead.items())
+        if "inputs_embeds" in call:
+            call["inputs_embeds"] = packing.packed(call["inputs_embeds"])
         if settings["caches"] and "use_cache" in self.parameters:
             call["use_cache"] = False
-        self._sequences = max(self._sequences, packing.shape[0] + 1)
         self._longest = max(self._longest, _LONGEST, 1 << (batch.longest - 1).bit_length())
-        rest = self._sequences - packing.shape[0]  # the rest, and texts without a token
-        offsets = F.pad(batch.ends, (0, rest), value=packing.length).int()
-        # Attention is told by the offsets. One that does not read them must not go unnoticed: it gets numbers that are none.
-        call["attention_mask"] = torch.full((1, 1, 1, 1), float("nan"), device=batch.ends.device)
-        call.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=self._longest, max_length_k=self._longest)
+        call.update(attention_mask=mask, max_length_q=self._longest, max_length_k=self._longest)
+        call.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
         with _packed(packing):
             output = inner(**call)
         return packing.padded_everywhere(output)
 
-    def _positions(self, given: dict[str, Any], batch: Batch, packing: Packing) -> Tensor | None:
+    def _positions(self, given: dict[str, Any], queued: Queued) -> Tensor | None:
         """Numbers of the packed tokens: those that the padded model would have given them."""
         own, rule = given.get("position_ids"), self.settings["positions"]
         if own is not None:
-            return packing.packed(own.expand(packing.shape).contiguous())
+            return queued.packed(own.expand(queued.shape).contiguous())
         if rule == NOWHERE:
             return None
         ids = given.get("input_ids")
         if rule == ATTENDED:
-            return packing.packed((batch.valid.cumsum(1) - 1).clamp_(min=0))
+            return queued.packed((queued.valid.cumsum(1) - 1).clamp_(min=0))
         if rule == TEXT and ids is not None:
             text = ids != self.settings["pad"]
-            return packing.packed(text.cumsum(1) * text + self.settings["pad"])
-        columns = (packing.source % packing.shape[1]).unsqueeze(0)
+            return queued.packed(text.cumsum(1) * text + self.settings["pad"])
+        columns = queued.source % queued.shape[1]
         return columns + (self.settings["pad"] + 1) if rule == TEXT else columns
 
 

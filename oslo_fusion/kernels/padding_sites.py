@@ -34,7 +34,9 @@ from oslo_fusion.kernels.loss_sites import KIND as LOSS
 from oslo_fusion.kernels.norm_sites import ROOM
 from oslo_fusion.kernels.padding import (
     ATTENDED,
+    COARSE,
     COLUMNS,
+    FINE,
     IGNORED,
     NOWHERE,
     TEXT,
@@ -81,9 +83,9 @@ class PaddingPass:
         if not config.enable:
             yield Proposal(wish, ROOM, "-", "-", "off", "enable is false")
             return
-        found = list(_models(model))
+        found, lengths = list(_models(model)), COARSE if config.aot is not None and config.aot.cuda_graphs else FINE
         for path, module in found:
-            yield _propose(path, module, taken)
+            yield _propose(path, module, taken, lengths)
         if not found:
             reason = f"no part of this {type(model).__name__} is a model of transformers that takes an attention_mask"
             yield refuse(ROOM, wish, "-", reason)
@@ -111,7 +113,7 @@ def _parameters(module: nn.Module) -> frozenset[str]:
         return frozenset()
 
 
-def _propose(path: str, module: nn.Module, taken: Taken) -> Proposal:
+def _propose(path: str, module: nn.Module, taken: Taken, lengths: int) -> Proposal:
     site, place = Site(_join(path, FORWARD), KIND, type(module).__name__), placement(module)
     if place is None or place[0].type == "meta":
         return refuse(ROOM, site, _BEFORE, "it has no memory yet (meta device)" if place else "it has no parameters")
@@ -130,7 +132,7 @@ def _propose(path: str, module: nn.Module, taken: Taken) -> Proposal:
     if isinstance(found, str):
         return refuse(ROOM, site, _BEFORE, found)
     calls = Calls()
-    settings = {**found.settings, "calls": calls}
+    settings = {**found.settings, "lengths": lengths, "calls": calls}
     part = _join(path, found.part)
     swaps = [Swap(part, PaddingFreeForward, settings, FORWARD)]
     swaps += [Swap(_join(part, reducer), PaddedInput, {}, FORWARD) for reducer in found.reducers]
@@ -180,7 +182,7 @@ def _find(path: str, module: nn.Module, taken: Taken) -> _Found | str:
         output = plain(**sample)
     logits, hidden = (getattr(output, name, None) for name in ("logits", "last_hidden_state"))
     caches = getattr(output, "past_key_values", None) is not None and not pair
-    options: dict[str, Any] = {"labels": False, "caches": caches, "shifted": False, "empty": False}
+    options: dict[str, Any] = {"labels": False, "caches": caches, "shifted": False, "empty": False, "lengths": FINE}
     part = ""
     if pair:
         part = next((name for name, x in plain.named_modules() if x is plain.get_encoder()), "")
@@ -407,6 +409,8 @@ def _results(model: Any, batch: Arguments) -> _Results:
     """Outputs where there is text, and gradients, by name; the layers' have one name."""
     mask = batch["attention_mask"].bool()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    batch = {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items()}  # labels of a regression
     results: _Results = {}
     with torch.enable_grad():
         output = model(**batch)

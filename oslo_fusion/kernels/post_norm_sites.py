@@ -42,13 +42,6 @@ from oslo_fusion.recognition.trace import has_hooks, linear_shape, run_chain
 
 KERNEL = "FusedDropoutAddNorm"
 KIND = "post-norm"
-INSIDE_COMPILED_LAYERS = False
-"""Whether the operator also stands in what is compiled, as a node with a gradient, or is left to Inductor there.
-
-Inductor fuses dropout, addition and norm itself, and draws the mask beside them for nothing; but its backward sums the
-gradients of weight, bias and linear bias in kernels of their own. Which is faster is not measured yet: it is left as it was.
-"""
-
 Case = tuple[torch.dtype, torch.dtype, torch.dtype | None]
 """Dtype of what the linear gives, of the residual, and of autocast where that is on."""
 
@@ -63,7 +56,7 @@ class FusedDropoutAddNorm(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         settings, compiling = self._oslo_fusion_settings, torch.compiler.is_compiling()
-        if len(args) != settings["arguments"] or kwargs or (compiling and not INSIDE_COMPILED_LAYERS):
+        if len(args) != settings["arguments"] or kwargs:
             return super().forward(*args, **kwargs)
         linear, dropout, norm = (getattr(self, settings[name]) for name in ("linear", "dropout", "norm"))
         parameters = [getattr(norm, name) for name in settings["parameters"]]
@@ -90,9 +83,7 @@ class FusedDropoutAddNorm(nn.Module):
 def _are_ordinary(tensors: tuple[Any, ...], device: str, compiling: bool) -> bool:
     """Whether these are tensors of the planned device, and nothing stands between them and a kernel."""
     for tensor in tensors:
-        if not isinstance(tensor, Tensor) or tensor.device.type != device:
-            return False
-        if not compiling and type(tensor) not in (Tensor, nn.Parameter):
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != device:
             return False
     return compiling or is_plain()
 

@@ -329,8 +329,12 @@ def test_the_dial_reaches_the_configuration(monkeypatch):
     monkeypatch.setattr(training.engine, "initialize", lambda model, config: seen.append(config))
     for name in training.COMPILED:
         training.apply_provider(name, types.SimpleNamespace(gradient_checkpointing_enable=lambda: None))
-    budgets = [found["kernel_fusion"]["memory_efficient_fusion"]["activation_memory_budget"] for found in seen]
-    assert budgets == [1.0, 0.0, 0.1, 0.25, 0.5, 0.75, 1.0]
+    blocks = [found["kernel_fusion"] for found in seen]
+    settings = [block["memory_efficient_fusion"] for block in blocks]
+    assert [found["activation_memory_budget"] for found in settings] == [1.0, 0.0, 0.1, 0.25, 0.5, 0.75, *[1.0] * 5]
+    whole, captured, packed = ("model", False, False), ("model", True, False), ("layer", False, True)
+    modes = [(a["scope"], a["cuda_graphs"], b.get("padding_free", False)) for a, b in zip(settings, blocks, strict=True)]
+    assert modes == [*[("layer", False, False)] * 7, packed, whole, captured, ("model", True, True)]
 
 
 def part(name, commit, seconds=1.0, torch_version="2.11.0"):

@@ -32,6 +32,19 @@ class Two(nn.Module):
         return {"result": self.second(hidden), "mask": hidden > 0 if flag else None}
 
 
+class Chain(nn.Module):
+    """Enough layers for what they keep to be most of the memory."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(Two() for _ in range(length))
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        for part in self.parts:
+            x = part(x)["result"]
+        return {"result": x}
+
+
 class Runner:
     """A module, its graphs, and what was noted."""
 
@@ -230,6 +243,28 @@ def test_shapes_have_graphs_of_their_own_up_to_a_number() -> None:
         torch.testing.assert_close(answers(run, module, x), answers(module, module, x))
     assert run.graphs.captured == 2
     assert "2 shapes" in run.notes[0]
+
+
+@gpu
+@needs_gpu
+def test_shapes_take_turns_in_one_memory() -> None:
+    """The second shape keeps what it needs where the first did: both go on giving their answers, in any order."""
+    chain = Chain(8).cuda()
+    run = Runner(chain)
+    inputs = [torch.randn(size, 16, device="cuda", requires_grad=True) for size in (1 << 15, 1 << 14)]
+    used = []
+    for x in inputs:
+        run.warm(x)
+        before = torch.cuda.memory_reserved()
+        answers(run, chain, x)
+        used.append(torch.cuda.memory_reserved() - before)
+    for index in (0, 1, 1, 0, 1, 0):
+        x = inputs[index] + index
+        torch.testing.assert_close(answers(run, chain, x), answers(chain, chain, x))
+    assert run.graphs.captured == 2
+    assert used[1] < used[0] / 4, used
+    (run(inputs[0])["result"].sum() + run(inputs[1])["result"].sum()).backward()
+    assert "outside of the CUDA graph" in run.notes[0]
 
 
 @gpu

@@ -370,7 +370,7 @@ def test_packed_sequences_are_the_sequences(
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_compiled_layers_take_our_kernel_for_packed_sequences(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_faster_kernel_is_taken_for_packed_sequences(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_routes, "packed_obstacle", lambda *_: "")
     monkeypatch.setattr(attention_routes, "torch_obstacle", lambda *_: "")
     monkeypatch.setattr(attention_routes._Trial, "packed_proof", lambda *_: "")
@@ -378,7 +378,7 @@ def test_compiled_layers_take_our_kernel_for_packed_sequences(compiled: bool, mo
     model = model_of("gpt2")
     fuse(model, custom_cuda_kernels=[], padding_free=True, memory_efficient_fusion=compiled, autotune="full")
     routing = getattr(model.transformer.h[0].attn.config, ROUTING)
-    assert dict(routing.packed)[torch.float32] == (OURS if compiled else attention_routes.FLASH)
+    assert dict(routing.packed)[torch.float32] == attention_routes.FLASH
 
 
 def test_packed_calls_that_make_no_sense_are_errors() -> None:

@@ -6,6 +6,7 @@ import copy
 import inspect
 import io
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ import oslo_fusion
 from oslo_fusion import surgery
 from oslo_fusion.aot import room as aot_room
 from oslo_fusion.kernels import loss_sites, padding_sites
-from oslo_fusion.kernels.padding import IGNORED, Calls, PaddingFreeForward, bucket, measure, pack
+from oslo_fusion.kernels.padding import COARSE, IGNORED, Calls, PaddingFreeForward, Queued, bucket, pack
 from oslo_fusion.kernels.padding_sites import KIND
 from oslo_fusion.plan import Proposal
 from oslo_fusion.testing import assert_close_to_reference
@@ -106,7 +107,8 @@ def batch(model: Any, lengths: tuple[int, ...] = RIGHT, side: str = "right", see
 
 def fuse(model: Any, **more: Any) -> Any:
     fused = oslo_fusion.initialize(model, {"kernel_fusion": {**WISH["kernel_fusion"], **more}})
-    assert [row.outcome for row in oslo_fusion.report(fused).plan.proposals if row.site.kind == KIND] == ["fused"]
+    rows = [row for row in oslo_fusion.report(fused).plan.proposals if row.site.kind == KIND]
+    assert [row.outcome for row in rows] == ["fused"], rows[0].reason
     return fused
 
 
@@ -147,11 +149,18 @@ def assert_same(ours: Any, theirs: Any, given: dict[str, Tensor]) -> Any:
                 assert not value[~mask].any(), f"{name} at padding"
     assert grads.keys() == their_grads.keys() == true_grads.keys()
     whole = float(torch.stack([g.norm() for g in true_grads.values()]).norm())
-    for name, reference in true_grads.items():
-        if float((their_grads[name] - reference).norm()) >= float(reference.norm()):  # zero but for rounding
-            assert float((grads[name] - reference).norm()) <= 80 * torch.finfo(grads[name].dtype).eps * whole, name
+    # Of all layers' gradients of one name together: the error of a bias of 128 numbers is a matter of luck.
+    together: dict[str, list[list[Tensor]]] = {}
+    for name in true_grads:
+        kept = together.setdefault(re.sub("[0-9]+", "#", name), [[], [], []])
+        for column, found in zip(kept, (grads, their_grads, true_grads), strict=True):
+            column.append(found[name].flatten())
+    for name, columns in together.items():
+        mine, their, true = (torch.cat(column) for column in columns)
+        if float((their - true).norm()) >= float(true.norm()):  # zero but for rounding
+            assert float((mine - true).norm()) <= 80 * torch.finfo(mine.dtype).eps * whole, name
             continue
-        assert_close_to_reference(grads[name], their_grads[name], reference, name, norm="l2")
+        assert_close_to_reference(mine, their, true, name, norm="l2")
     return output
 
 
@@ -308,22 +317,24 @@ def test_a_batch_of_nothing() -> None:
 def test_buckets() -> None:
     for tokens in (1, 63, 64, 65, 4095, 4096, 18_432, 65_535, 1_000_000):
         length = bucket(tokens)
-        assert tokens < length <= tokens + 512
+        assert tokens < length
         assert length % 16 == 0
         assert length - tokens <= max(16, tokens / 64 + 1)
     for low in (1024, 16_384, 32_768):
         assert len({bucket(tokens) for tokens in range(low, 2 * low)}) <= 65
+        assert len({bucket(tokens, COARSE) for tokens in range(low, 2 * low)}) <= 17
 
 
 def test_a_packing_and_its_inverse() -> None:
     mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1]])
-    packing = pack(measure(mask, None, False))
+    queued = Queued(mask)
+    packing = pack(queued.read())
     x = torch.arange(1, 13).view(3, 4)
     assert packing.packed(x)[0, :5].tolist() == [1, 2, 10, 11, 12]
     assert torch.equal(packing.padded(packing.packed(x)), x * mask)
-    labels = packing.packed_labels(x, True)[0]
+    labels = queued.packed_labels(x, True)
     assert labels[:6].tolist() == [IGNORED, 2, 3, 11, 12, IGNORED]  # behind each token is what it predicts
-    assert set(packing.packed_labels(x, False)[0, 5:].tolist()) == {IGNORED}
+    assert set(queued.packed_labels(x, False)[5:].tolist()) == {IGNORED}
 
 
 @pytest.mark.parametrize(
@@ -616,9 +627,34 @@ def test_the_host_waits_once_a_step(name: str, compiled: bool) -> None:
                 model(**given).loss.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+    waits = [str(w.message) for w in caught if "called a synchronizing" in str(w.message)]
     assert len(waits) == 2, waits
     assert calls(model).packed == 5
     if compiled:
         record: Any = next(row.runtime for row in oslo_fusion.report(model).plan.proposals if row.room == "aot")
         assert max(graph.version for graph in record.graphs) <= 1, [g.reason for g in record.graphs]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "LlamaForCausalLM"])
+def test_captured_graphs_serve_packed_batches(name: str) -> None:
+    """Batches of other lengths in the same bucket replay one pair of graphs, and the losses are those of the padded model."""
+    sizes = {"hidden_size": 128, "head_dim": 64, "max_position_embeddings": 512}
+    model = make(name, **sizes).to("cuda")
+    twin = copy.deepcopy(model)
+    aot = {"scope": "model", "cuda_graphs": True}
+    fuse(model, memory_efficient_fusion=aot, custom_cuda_kernels=["FusedLinearCrossEntropy"])
+    lengths = [(300, 7, 180, 129), (310, 17, 160, 129), (300, 57, 130, 130), (299, 20, 170, 128), (320, 7, 160, 131)]
+    for number, each in enumerate(lengths):
+        given = on_a_gpu(batch(model, each, seed=number))
+        for which in (model, twin):
+            which.zero_grad()
+            which(**given).loss.backward()
+        for (path, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+            if theirs.grad is not None:
+                torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=path)
+    assert (calls(model).packed, calls(model).left) == (5, {})
+    rows = oslo_fusion.report(model).rows
+    assert not [row.reason for row in rows if "CUDA graph" in row.reason and row.outcome == "refused"]
+    graphs = model.get_submodule(type(model).base_model_prefix).__dict__["forward"].settings["graphs"]
+    assert graphs.captured == 1

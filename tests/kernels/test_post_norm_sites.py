@@ -313,9 +313,7 @@ def test_it_comes_before_norms_and_torchscript(
     assert kinds.count("dropout + residual") == 1, "what is not taken TorchScript still may"
 
 
-@pytest.mark.parametrize("inside", [False, True])
-def test_inside_what_is_compiled(inside: bool, kernels_pretended: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(post_norm_sites, "INSIDE_COMPILED_LAYERS", inside)
+def test_inside_what_is_compiled(kernels_pretended: None) -> None:
     model = nn.ModuleList([End(p=0.5)]).eval()
     x, kept = torch.randn(5, 24, requires_grad=True), torch.randn(5, 16, requires_grad=True)
     expected = model[0](x, kept)
@@ -336,7 +334,7 @@ def test_inside_what_is_compiled(inside: bool, kernels_pretended: None, monkeypa
     gradients = zip(*(torch.autograd.grad(out.square().sum(), wanted) for out in (y, expected)), strict=True)
     for ours, theirs in gradients:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert [f"oslo_fusion.{op.NAME}" in code for code in graphs] == [inside, inside]
+    assert [f"oslo_fusion.{op.NAME}" in code for code in graphs] == [True, True]
     model.train()
     assert not torch.equal(compiled(x, kept), compiled(x, kept))
 
@@ -380,7 +378,6 @@ def test_a_model_obeys_the_law(dtype: torch.dtype, inputs: Any, kernels_pretende
 def test_in_layers_that_are_compiled(inputs: Any, kernels_pretended: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """With everything recomputed in the backward, but for what is drawn."""
     monkeypatch.setattr(aot_room, "COMPILER", "eager")
-    monkeypatch.setattr(post_norm_sites, "INSIDE_COMPILED_LAYERS", True)
     model = family("Bert")
     twin = copy.deepcopy(model)
     oslo_fusion.initialize(model, {"kernel_fusion": {**BLOCK, "memory_efficient_fusion": {"activation_memory_budget": 0}}})
