@@ -78,7 +78,7 @@ def test_the_formula_is_as_close_as_its_source_says() -> None:
     module = torch.fx.GraphModule(nn.Module(), graph)
     source = (u * math.sqrt(2)).half()
     exact = torch.erf(source.double() * math.sqrt(0.5))
-    assert float((module(source) - exact).abs().max()) < 3e-7
+    assert float((module(source) - exact).abs().max()) < 6e-7
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
