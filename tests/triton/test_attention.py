@@ -220,6 +220,40 @@ def test_the_mask_does_not_depend_on_the_tiles(queries: int, device: torch.devic
 
 
 @pytest.mark.usefixtures("poisoned", "small")
+@pytest.mark.parametrize("queries", [37, 50])
+def test_bias_read_in_pairs_is_the_bias(queries: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the instruction reads it, two neighbours at once, at distances of both parities: bit for bit what single loads give."""
+    case = AttentionCase(queries=queries, keys=50, table="encoder", buckets=8, max_distance=20)
+    leaves = [t.detach().requires_grad_() for t in case.tensors(drawer(torch.float32, device))]
+    runs = []
+    for how in (0, 2):
+        monkeypatch.setattr(kernels, "_reads_by_instruction", lambda _, how=how: how)
+        y = launch(case, device)(*leaves)
+        runs.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y) + y.detach())))
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "tile", [(64, 64, 4, 2), (128, 64, 8, 2), (64, 128, 4, 2), (32, 64, 4, 2), (64, 64, 8, 2), (16, 32, 4, 1)]
+)
+def test_bias_read_in_pairs_by_the_instruction(tile: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    device, blocks = torch.device("cuda"), AttentionBlocks(*tile)
+    case = AttentionCase(queries=333, keys=400, dim=64, scale=0.5, table="encoder", buckets=32, max_distance=128)
+    q, k, v, table = case.tensors(drawer(torch.bfloat16, device))
+    arguments = op.prepare(q, k, v, bias_table=table, **case.options(device))
+    cut(monkeypatch, blocks, BackwardBlocks(blocks, blocks, blocks))
+    runs = []
+    for how in (0, 1):
+        monkeypatch.setattr(kernels, "_reads_by_instruction", lambda _, how=how: how)
+        found = kernels.launch_attention(*arguments)
+        runs.append((*found[:2], *kernels.launch_attention_backward(q, q, k, v, *found, *arguments[3:], True)))
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.usefixtures("poisoned", "small")
 def test_strides_of_all_kinds(device: torch.device) -> None:
     draw = drawer(torch.float32, device)
     packed = draw(2, 20, 3, 2, 24)
@@ -392,7 +426,7 @@ def compiled(kernel: Any, kind: str, dtype: str, dim: int, tile: AttentionBlocks
     flags = {**PLAIN, **KINDS[kind]}
     constants = {**flags, "DIM": dim, "WIDTH": padded_dim(dim), "UNIT": 16}
     nvidia = target.startswith("sm_")
-    constants |= {"ASM": nvidia, "FOLD": not flags["HAS_TABLE"] and dtype != "fp32"}
+    constants |= {"ASM": int(nvidia), "FOLD": not flags["HAS_SLOPES"] and dtype != "fp32"}
     constants |= {"QUERIES": tile.queries, "KEYS": tile.keys, "STAGES": tile.stages}
     constants |= {pointer: None for pointer, flag in NEEDED.items() if not flags[flag]}
     names = kernel.arg_names
