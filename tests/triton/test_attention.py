@@ -222,7 +222,7 @@ def test_the_mask_does_not_depend_on_the_tiles(queries: int, device: torch.devic
 @pytest.mark.usefixtures("poisoned", "small")
 @pytest.mark.parametrize("queries", [37, 50])
 def test_bias_read_in_pairs_is_the_bias(queries: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the instruction reads it, two neighbours at once, at distances of both parities: bit for bit what single loads give."""
+    """As the instruction reads it, two neighbours at once, distances odd and even: bit for bit what single loads give."""
     case = AttentionCase(queries=queries, keys=50, table="encoder", buckets=8, max_distance=20)
     leaves = [t.detach().requires_grad_() for t in case.tensors(drawer(torch.float32, device))]
     runs = []
