@@ -588,11 +588,15 @@ def _attention_fwd_kernel(
     top = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((QUERIES,), dtype=tl.float32)
     acc = tl.zeros((QUERIES, WIDTH), dtype=tl.float32)
+    # A tile is further by a number, so that a pointer costs one addition of 64 bits in the loop and no product.
+    k_step = k_token.to(tl.int64) * UNIT
+    k_ptrs = k_base + cols[None, :] * k_step + dims[:, None]
+    v_step = v_token.to(tl.int64) * UNIT
+    v_ptrs = v_base + cols[:, None] * v_step + dims[None, :]
     for k0 in tl.range(low, high, KEYS, num_stages=STAGES):
-        k_tokens = (k0 + cols).to(tl.int64)
         inside = k0 + cols < keys
         k_mask = inside[None, :] if DIM == WIDTH else inside[None, :] & (dims < DIM)[:, None]
-        k = tl.load(k_base + k_tokens[None, :] * (k_token * UNIT) + dims[:, None], mask=k_mask, other=0.0)
+        k = tl.load(k_ptrs + k0 * k_step, mask=k_mask, other=0.0)
         bias = 0.0
         if HAS_TABLE:
             bias = _bias(distances_ptr, k0 - q0 - shift, reach, near_left, near_right, QUERIES, KEYS, False, ASM)
@@ -639,7 +643,7 @@ def _attention_fwd_kernel(
         if DROPOUT:
             p = tl.where(_kept(q0, k0, key, threshold, QUERIES, KEYS, False), p, 0.0)
         v_mask = inside[:, None] if DIM == WIDTH else inside[:, None] & (dims < DIM)[None, :]
-        v = tl.load(v_base + k_tokens[:, None] * (v_token * UNIT) + dims[None, :], mask=v_mask, other=0.0)
+        v = tl.load(v_ptrs + k0 * v_step, mask=v_mask, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = higher
 
@@ -840,13 +844,16 @@ def _attention_dkdv_kernel(
             head_pairs_ptr = pairs_ptr + batch.to(tl.int64) * pairs_batch + head.to(tl.int64) * pairs_head
         if DROPOUT:
             key = random_key(rng_ptr, batch * heads + head)
+        q_step = q_token.to(tl.int64) * UNIT
+        q_ptrs = q_base + cols[:, None] * q_step + dims[None, :]
+        g_step = g_token.to(tl.int64) * UNIT
+        g_ptrs = g_base + cols[:, None] * g_step + dims[None, :]
         for q0 in tl.range(low, high, QUERIES, num_stages=STAGES):
             inside = q0 + cols < queries
-            q_tokens = (q0 + cols).to(tl.int64)[:, None]
             q_mask = inside[:, None] if DIM == WIDTH else inside[:, None] & (dims < DIM)[None, :]
-            q = tl.load(q_base + q_tokens * (q_token * UNIT) + dims[None, :], mask=q_mask, other=0.0)
+            q = tl.load(q_ptrs + q0 * q_step, mask=q_mask, other=0.0)
             if sums_ptr.dtype.element_ty == tl.float32:
-                # One load of both, a number for every thread: of less Triton 3.6 lets each thread load all that it needs, and of
+                # One load of both, a number for every thread: of less Triton 3.6 lets each thread load all it needs, and of
                 # 849 instructions for a tile of 64×64 with T5's bias 300 copied single numbers.
                 places = tl.join(sums_ptr + sum_offset + q0 + cols, delta_ptr + sum_offset + q0 + cols)
                 other = tl.join(tl.full((QUERIES,), float("inf"), tl.float32), tl.zeros((QUERIES,), tl.float32))
@@ -888,7 +895,7 @@ def _attention_dkdv_kernel(
                 FOLD,
             )
             p = _exponentials(s, scale, sums[None, :], FOLD)
-            dout = tl.load(g_base + q_tokens * (g_token * UNIT) + dims[None, :], mask=q_mask, other=0.0)
+            dout = tl.load(g_ptrs + q0 * g_step, mask=q_mask, other=0.0)
             dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
             if DROPOUT:
                 kept = _kept(q0, k0, key, threshold, QUERIES, KEYS, True)
@@ -1046,11 +1053,14 @@ def _attention_dq_kernel(
     far_left = tl.zeros((QUERIES,), dtype=tl.float32)
     far_right = tl.zeros((QUERIES,), dtype=tl.float32)
     dq = tl.zeros((QUERIES, WIDTH), dtype=tl.float32)
+    k_step = k_token.to(tl.int64) * UNIT
+    k_ptrs = k_base + cols[:, None] * k_step + dims[None, :]
+    v_step = v_token.to(tl.int64) * UNIT
+    v_ptrs = v_base + cols[:, None] * v_step + dims[None, :]
     for k0 in tl.range(low, high, KEYS, num_stages=STAGES):
-        k_tokens = (k0 + cols).to(tl.int64)[:, None]
         k_inside = k0 + cols < keys
         k_mask = k_inside[:, None] if DIM == WIDTH else k_inside[:, None] & (dims < DIM)[None, :]
-        k = tl.load(k_base + k_tokens * (k_token * UNIT) + dims[None, :], mask=k_mask, other=0.0)
+        k = tl.load(k_ptrs + k0 * k_step, mask=k_mask, other=0.0)
         bias = 0.0
         if HAS_TABLE:
             bias = _bias(distances_ptr, k0 - q0 - shift, reach, near_left, near_right, QUERIES, KEYS, False, ASM)
@@ -1085,7 +1095,7 @@ def _attention_dq_kernel(
             FOLD,
         )
         p = _exponentials(s, scale, sums[:, None], FOLD)
-        v = tl.load(v_base + k_tokens * (v_token * UNIT) + dims[None, :], mask=k_mask, other=0.0)
+        v = tl.load(v_ptrs + k0 * v_step, mask=k_mask, other=0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         if DROPOUT:
             dp = tl.where(_kept(q0, k0, key, threshold, QUERIES, KEYS, False), dp * inverse, 0.0)
@@ -1194,6 +1204,10 @@ def _attention_dtable_kernel(
         start = offset + keys - queries
         low = tl.maximum(QUERIES - KEYS - start, 0) // QUERIES
         high = tl.minimum(tl.maximum(keys - start + QUERIES - 1, 0) // QUERIES, blocks)
+    q_step, k_step = q_token.to(tl.int64) * UNIT, k_token.to(tl.int64) * UNIT
+    g_step, v_step = g_token.to(tl.int64) * UNIT, v_token.to(tl.int64) * UNIT
+    q_places, k_places = rows[:, None] * q_step + dims[None, :], cols[:, None] * k_step + dims[None, :]
+    g_places, v_places = rows[:, None] * g_step + dims[None, :], cols[:, None] * v_step + dims[None, :]
     tiles = batches * tl.maximum(high - low, 0)
     count = tl.maximum(high - low, 1)
     for item in tl.range(part, tiles, parts, num_stages=STAGES):
@@ -1205,16 +1219,15 @@ def _attention_dtable_kernel(
         k0 = q0 + offset + shift
         inside = q0 + rows < sequence
         k_inside = (k0 + cols >= 0) & (k0 + cols < key_count)
-        tokens, k_tokens = (q0 + rows).to(tl.int64)[:, None], (k0 + cols).to(tl.int64)[:, None]
         q_mask = inside[:, None] if DIM == WIDTH else inside[:, None] & (dims < DIM)[None, :]
         k_mask = k_inside[:, None] if DIM == WIDTH else k_inside[:, None] & (dims < DIM)[None, :]
         q_base = _base(q_ptr, batch, head, first_query, q_batch, q_head, q_token, UNIT)
         g_base = _base(dout_ptr, batch, head, first_query, g_batch, g_head, g_token, UNIT)
         k_base = _base(k_ptr, batch, head // groups, first_key, k_batch, k_head, k_token, UNIT)
         v_base = _base(v_ptr, batch, head // groups, first_key, v_batch, v_head, v_token, UNIT)
-        q = tl.load(q_base + tokens * (q_token * UNIT) + dims[None, :], mask=q_mask, other=0.0)
-        k = tl.load(k_base + k_tokens * (k_token * UNIT) + dims[None, :], mask=k_mask, other=0.0)
-        bias = _bias(distances_ptr, k0 - q0 - shift, reach, near_left, near_right, QUERIES, KEYS, False, ASM)
+        q = tl.load(q_base + q0 * q_step + q_places, mask=q_mask, other=0.0)
+        k = tl.load(k_base + k0 * k_step + k_places, mask=k_mask, other=0.0)
+        bias = _bias(distances_ptr, offset, reach, near_left, near_right, QUERIES, KEYS, False, ASM)
         s = _products(q, tl.trans(k), bias, FOLD)
         sum_offset = batch.to(tl.int64) * sum_batch + head.to(tl.int64) * sum_head + first_query
         sums = tl.load(sums_ptr + sum_offset + q0 + rows, mask=inside, other=float("inf"))
@@ -1254,8 +1267,8 @@ def _attention_dtable_kernel(
             FOLD,
         )
         p = _exponentials(s, scale, sums[:, None], FOLD)
-        dout = tl.load(g_base + tokens * (g_token * UNIT) + dims[None, :], mask=q_mask, other=0.0)
-        v = tl.load(v_base + k_tokens * (v_token * UNIT) + dims[None, :], mask=k_mask, other=0.0)
+        dout = tl.load(g_base + q0 * g_step + g_places, mask=q_mask, other=0.0)
+        v = tl.load(v_base + k0 * v_step + v_places, mask=k_mask, other=0.0)
         delta = tl.load(delta_ptr + sum_offset + q0 + rows, mask=inside, other=0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         if DROPOUT:
