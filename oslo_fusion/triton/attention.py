@@ -5,9 +5,11 @@ and sum. Backward, without atomics and therefore the same at every run: one kern
 one takes a block of keys and walks over queries (``dk``, ``dv``), one takes a block of queries and walks over keys (``dq``).
 
 **T5's bias** depends on the distance ``key - query`` only, so a tile of it is a Toeplitz matrix: it is read from a list of one
-number per distance (a kernel of its own makes it from the table, a few KB per head, which stay in L1). From the distance on
-from which all share a bucket, a whole tile is one number, and no element is looked up. The list reaches further on both sides
-than a tile does, so no index is clamped.
+number per distance (a kernel of its own makes it from the table, a few KB per head, which stay in L1), two neighbours at once.
+From the distance on from which all share a bucket, a whole tile is one number, and no element is looked up. The list reaches
+further on both sides than a tile does, so no index is clamped. In half precision it is divided by the scale, and the matmul of
+queries and keys begins at it instead of zero; the scale is then multiplied where the maximum, or the backward's sum, is
+subtracted.
 
 **The table's gradient** is the sum of the scores' gradient over the diagonals. A kernel of its own walks *along* a diagonal of
 tiles, over all blocks of queries and all sequences of the batch, and adds the tiles up where they lie, in registers: so
@@ -137,8 +139,8 @@ def backward_blocks(dim: int, itemsize: int, shared: int) -> BackwardBlocks:
         small = AttentionBlocks(32, 32, 4, 1)
         return BackwardBlocks(small, small, small)
     if width <= 64:
-        # The first spills 30 to 140 bytes a thread, but was as fast as 32×64, which hardly does: T5 0.655 and 0.668
-        # ms for the whole backward on one H200, BERT with dropout 1.000 and 0.996.
+        # The first spilled 30 to 140 bytes a thread (now 0 to 40), but was as fast as 32×64, which hardly did: T5 0.655 and
+        # 0.668 ms for the whole backward on one H200, BERT with dropout 1.000 and 0.996.
         # The table's tile with T5's dropout: 0.671, 128×128 with 8 warps 0.694.
         return BackwardBlocks(AttentionBlocks(64, 64, 4, 2), AttentionBlocks(64, 64, 4, 3), AttentionBlocks(64, 64, 4, 3))
     if width <= 128:

@@ -470,7 +470,7 @@ def test_nothing_spills_and_nothing_is_sorted_on_the_way(kind: str, compile_for_
     forward = forward_blocks(64, 2, SHARED["sm_90"], KINDS[kind].get("HAS_TABLE", False))
     for kernel, tile, allowed in (
         (kernels._attention_fwd_kernel, forward, 0),
-        (kernels._attention_dkdv_kernel, backward.keys, 64),  # 40 with a mask of pairs
+        (kernels._attention_dkdv_kernel, backward.keys, 128),  # with ALiBi and dropout; T5 nothing, with a mask of pairs 40
         (kernels._attention_dq_kernel, backward.queries, 0),
     ):
         plain = compiled(kernel, "plain", "bf16", 64, tile, "sm_90", compile_for_all_targets)
