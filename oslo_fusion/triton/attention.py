@@ -142,7 +142,9 @@ def backward_blocks(dim: int, itemsize: int, shared: int) -> BackwardBlocks:
         # The first spilled 30 to 140 bytes a thread (now 0 to 40), but was as fast as 32×64, which hardly did: T5 0.655 and
         # 0.668 ms for the whole backward on one H200, BERT with dropout 1.000 and 0.996.
         # The table's tile with T5's dropout: 0.671, 128×128 with 8 warps 0.694.
-        return BackwardBlocks(AttentionBlocks(64, 64, 4, 2), AttentionBlocks(64, 64, 4, 3), AttentionBlocks(64, 64, 4, 3))
+        # On sm_80 it would spill 340 to 370, and 32×64 spills 24; not measured.
+        keys = AttentionBlocks(32 if shared < 200_000 else 64, 64, 4, 2)
+        return BackwardBlocks(keys, AttentionBlocks(64, 64, 4, 3), AttentionBlocks(64, 64, 4, 3))
     if width <= 128:
         if shared < 200_000:
             return BackwardBlocks(AttentionBlocks(32, 64, 4, 1), AttentionBlocks(64, 32, 4, 1), AttentionBlocks(64, 32, 4, 1))
@@ -187,8 +189,15 @@ def _padding(range_ptr, batch, keys, RANGE: tl.constexpr):
 
 
 @triton.jit
+def _look_up(pointers):
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.f32 $0, [$1];", "=f,l", [pointers.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def _look_up_pair(pointers, ASM: tl.constexpr):
-    if ASM == 1:
+    if ASM > 0:
         x, y = tl.inline_asm_elementwise(
             "ld.global.nc.v2.f32 {$0, $1}, [$2];",
             "=f,=f,l",
@@ -220,12 +229,13 @@ def _bias(
     memory. As an instruction it is read where it is needed: two neighbours along a row at once, for which the list is there
     twice, the second time one number further, so that a pair of any parity begins at 8 bytes. Eight rows below the same pairs
     are needed again, one block of eight columns later, and there the compiler reads nothing: 9 loads a thread for 32 elements.
-    The pairs are joined by position, so another order in registers would be slower, and not wrong.
+    The pairs are joined by position, so another order in registers would be slower, and not wrong. From compute capability 10
+    on, where a thread has a row, every element is read for itself.
     """
     ROWS: tl.constexpr = KEYS if KEYS_FIRST else QUERIES
     COLS: tl.constexpr = QUERIES if KEYS_FIRST else KEYS
     if (start + KEYS > 1 - near_left) & (start + 1 < near_right + QUERIES):
-        if ASM:
+        if (ASM != 0) & (ASM < 10):
             rows = tl.arange(0, ROWS // 16)[:, None, None, None] * 16
             row = tl.arange(0, 8)[None, :, None, None]
             cols = tl.arange(0, COLS // 8)[None, None, :, None] * 8
@@ -252,7 +262,10 @@ def _bias(
         else:
             rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
             distance = rows - cols if KEYS_FIRST else cols - rows
-            bias = tl.load(distances_ptr + (reach + start) + distance)
+            if ASM > 0:
+                bias = _look_up(distances_ptr + (reach + start) + distance)
+            else:
+                bias = tl.load(distances_ptr + (reach + start) + distance)
     else:
         bias = tl.full((ROWS, COLS), 0.0, tl.float32) + tl.load(distances_ptr + tl.where(start > 0, 2 * reach, 0))
     return bias
@@ -260,7 +273,7 @@ def _bias(
 
 @triton.jit
 def _look_up_byte(pointers, ASM: tl.constexpr):
-    if ASM == 1:
+    if ASM > 0:
         result = tl.inline_asm_elementwise(
             "ld.global.nc.u8 $0, [$1];", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
         )
@@ -859,7 +872,7 @@ def _attention_dkdv_kernel(
             inside = q0 + cols < queries
             q_mask = inside[:, None] if DIM == WIDTH else inside[:, None] & (dims < DIM)[None, :]
             q = tl.load(q_ptrs + q0 * q_step, mask=q_mask, other=0.0)
-            if sums_ptr.dtype.element_ty == tl.float32:
+            if (sums_ptr.dtype.element_ty == tl.float32) & (ASM != 0):
                 # One load of both, a number for every thread: of less Triton 3.6 lets each thread load all it needs, and of
                 # 849 instructions for a tile of 64×64 with T5's bias 300 copied single numbers.
                 places = tl.join(sums_ptr + sum_offset + q0 + cols, delta_ptr + sum_offset + q0 + cols)
@@ -1549,17 +1562,30 @@ def _set_up(q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -
     )
 
 
-def _folds(q: Tensor, extras: Extras, options: Options) -> bool:
-    """Whether the exponent has the scale, and the products begin at the bias, which is then divided by it.
-
-    Not where the scale is so small that the quotient's size costs digits of the products that are added to it.
-    """
-    return q.dtype != torch.float32 and extras.slopes is None and options.scale > (0 if extras.table is None else 1e-3)
+@functools.lru_cache(maxsize=64)
+def _major(device: int | None) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _reads_by_instruction(q: Tensor) -> int:
-    """The constant ASM: 1 with NVIDIA's instruction, 0 without. A test takes 2: as 1, with loads that the interpreter has."""
-    return int(q.is_cuda and torch.version.hip is None)
+    """The constant ASM: the major compute capability of NVIDIA's device, 0 where its instructions are not.
+
+    A test takes -1: reads in pairs as 9 does, with loads that the interpreter has.
+    """
+    return _major(q.device.index) if q.is_cuda and torch.version.hip is None else 0
+
+
+def _folds(q: Tensor, extras: Extras, options: Options) -> bool:
+    """Whether the exponent has the scale, and the products begin at the bias, which is then divided by it.
+
+    Not where the scale is so small that the quotient's size costs digits of the products that are added to it, nor where the sums
+    of products are not in registers (compute capability 10).
+    """
+    if q.dtype == torch.float32 or extras.slopes is not None:
+        return False
+    if extras.table is None:
+        return options.scale > 0
+    return options.scale > 1e-3 and _reads_by_instruction(q) < 10
 
 
 def launch_attention(

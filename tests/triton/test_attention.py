@@ -220,13 +220,15 @@ def test_the_mask_does_not_depend_on_the_tiles(queries: int, device: torch.devic
 
 
 @pytest.mark.usefixtures("poisoned", "small")
-@pytest.mark.parametrize("queries", [37, 50])
-def test_bias_read_in_pairs_is_the_bias(queries: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("queries", "dtype"), [(37, torch.float16), (50, torch.float32)])
+def test_bias_read_in_pairs_is_the_bias(
+    queries: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the instruction reads it, two neighbours at once, distances odd and even: bit for bit what single loads give."""
     case = AttentionCase(queries=queries, keys=50, table="encoder", buckets=8, max_distance=20)
-    leaves = [t.detach().requires_grad_() for t in case.tensors(drawer(torch.float32, device))]
+    leaves = [t.detach().requires_grad_() for t in case.tensors(drawer(dtype, device))]
     runs = []
-    for how in (0, 2):
+    for how in (0, -1):
         monkeypatch.setattr(kernels, "_reads_by_instruction", lambda _, how=how: how)
         y = launch(case, device)(*leaves)
         runs.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y) + y.detach())))
@@ -245,7 +247,7 @@ def test_bias_read_in_pairs_by_the_instruction(tile: tuple[int, ...], monkeypatc
     arguments = op.prepare(q, k, v, bias_table=table, **case.options(device))
     cut(monkeypatch, blocks, BackwardBlocks(blocks, blocks, blocks))
     runs = []
-    for how in (0, 1):
+    for how in (0, torch.cuda.get_device_capability()[0]):
         monkeypatch.setattr(kernels, "_reads_by_instruction", lambda _, how=how: how)
         found = kernels.launch_attention(*arguments)
         runs.append((*found[:2], *kernels.launch_attention_backward(q, q, k, v, *found, *arguments[3:], True)))
@@ -425,8 +427,9 @@ NEEDED = {
 def compiled(kernel: Any, kind: str, dtype: str, dim: int, tile: AttentionBlocks, target: str, compile_: Any) -> Any:
     flags = {**PLAIN, **KINDS[kind]}
     constants = {**flags, "DIM": dim, "WIDTH": padded_dim(dim), "UNIT": 16}
-    nvidia = target.startswith("sm_")
-    constants |= {"ASM": int(nvidia), "FOLD": not flags["HAS_SLOPES"] and dtype != "fp32"}
+    major = int(target[3:]) // 10 if target.startswith("sm_") else 0
+    folds = dtype != "fp32" and not flags["HAS_SLOPES"] and not (flags["HAS_TABLE"] and major >= 10)
+    constants |= {"ASM": major, "FOLD": folds}
     constants |= {"QUERIES": tile.queries, "KEYS": tile.keys, "STAGES": tile.stages}
     constants |= {pointer: None for pointer, flag in NEEDED.items() if not flags[flag]}
     names = kernel.arg_names
