@@ -1578,8 +1578,8 @@ def _reads_by_instruction(q: Tensor) -> int:
 def _folds(q: Tensor, extras: Extras, options: Options) -> bool:
     """Whether the exponent has the scale, and the products begin at the bias, which is then divided by it.
 
-    Not where the scale is so small that the quotient's size costs digits of the products that are added to it, nor where the sums
-    of products are not in registers (compute capability 10).
+    Not where the scale is so small that the quotient's size costs digits of the products that are added to it, nor where the
+    sums of products are not in registers (compute capability 10).
     """
     if q.dtype == torch.float32 or extras.slopes is not None:
         return False
