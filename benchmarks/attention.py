@@ -273,7 +273,7 @@ def candidates(case: AttentionCase, dtype: torch.dtype, device: torch.device) ->
 
     shared = device_facts(torch.empty(0, device=device))[1]
     chosen, backward = (
-        forward_blocks(case.dim, dtype.itemsize, shared, bool(case.table)),
+        forward_blocks(case.dim, dtype.itemsize, shared, bool(case.table), torch.cuda.get_device_capability(device)[0]),
         backward_blocks(case.dim, dtype.itemsize, shared),
     )
 

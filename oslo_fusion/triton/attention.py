@@ -101,7 +101,7 @@ def padded_dim(dim: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def forward_blocks(dim: int, itemsize: int, shared: int, table: bool = False) -> AttentionBlocks:
+def forward_blocks(dim: int, itemsize: int, shared: int, table: bool = False, major: int = 0) -> AttentionBlocks:
     """How the forward is cut.
 
     Args:
@@ -109,6 +109,7 @@ def forward_blocks(dim: int, itemsize: int, shared: int, table: bool = False) ->
         itemsize: bytes of a number.
         shared: bytes of shared memory that a program may use.
         table: whether T5's bias is looked up.
+        major: compute capability of NVIDIA's device.
     """
     width = padded_dim(dim)
     if itemsize == 4:  # multiplied without tensor cores: small tiles, or registers spill
@@ -117,7 +118,7 @@ def forward_blocks(dim: int, itemsize: int, shared: int, table: bool = False) ->
         return AttentionBlocks(64, 32, 4, 1)
     # One H200, head size 64, 64×64 with 4 warps and 128×64 with 8: T5 0.112 and 0.145 ms, BERT with dropout 0.259 and 0.254.
     # Of 128 registers a thread, instead of 130, four programs run at once and not three; it costs 4 of 463 instructions.
-    if table and width <= 64 and shared >= 200_000:
+    if table and width <= 64 and major == 9:
         return AttentionBlocks(64, 64, 4, 3, 128)
     if table and width <= 128:
         return AttentionBlocks(64, 64, 4, 3 if width <= 64 else 2)
@@ -1601,7 +1602,9 @@ def launch_attention(
         return out, sums, rest
     with on_device(q):
         setup = _set_up(q, k, v, extras, options)
-        cut = blocks or forward_blocks(q.shape[-1], q.element_size(), device_facts(q)[1], extras.table is not None)
+        cut = blocks or forward_blocks(
+            q.shape[-1], q.element_size(), device_facts(q)[1], extras.table is not None, _reads_by_instruction(q)
+        )
         count = -(-setup.queries // cut.queries)
         strides, unit = _in_units(setup.q, setup.k, setup.v, out)
         _FORWARD(
