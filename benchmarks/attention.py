@@ -62,38 +62,47 @@ DRY_SHAPES = {
 }
 
 Call = Callable[..., Tensor]
-Tile = tuple[int, int, int, int]
+Tile = tuple[int, ...]  # queries, keys, warps, stages, and most registers if there is a limit
 
 FORWARD: list[Tile] = [
-    (128, 64, 4, 3),
-    (128, 64, 4, 2),
-    (128, 64, 8, 3),
-    (128, 64, 8, 2),
     (64, 64, 4, 3),
+    (64, 64, 4, 3, 128),
+    (64, 64, 4, 2, 128),
     (64, 128, 4, 2),
+    (128, 64, 4, 2),
+    (128, 64, 8, 2),
+    (128, 64, 8, 3),
+    (128, 64, 8, 3, 128),
     (128, 128, 8, 2),
-    (128, 32, 4, 3),
 ]
 KEYS: list[Tile] = [
-    (32, 128, 8, 2),
-    (32, 128, 8, 3),
-    (64, 128, 8, 2),
-    (32, 64, 4, 2),
-    (32, 64, 4, 3),
-    (64, 64, 4, 2),
-    (64, 64, 8, 2),
-    (16, 128, 8, 3),
-]
-QUERIES: list[Tile] = [
-    (128, 64, 8, 2),
-    (128, 64, 8, 3),
+    (64, 64, 4, 1),
     (64, 64, 4, 2),
     (64, 64, 4, 3),
-    (128, 64, 4, 2),
-    (128, 128, 8, 2),
+    (64, 64, 4, 2, 168),
+    (32, 64, 4, 3, 168),
+    (64, 128, 8, 2),
+    (128, 64, 8, 2),
+]
+QUERIES: list[Tile] = [
+    (64, 64, 4, 2),
+    (64, 64, 4, 3),
+    (64, 64, 4, 2, 128),
+    (64, 64, 4, 3, 168),
+    (128, 64, 8, 3),
+    (128, 64, 8, 2, 128),
+    (64, 128, 4, 2),
     (128, 32, 8, 3),
 ]
-TABLE: list[Tile] = [(128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 8, 1), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2)]
+TABLE: list[Tile] = [
+    (64, 64, 4, 2),
+    (64, 64, 4, 3),
+    (64, 64, 4, 2, 168),
+    (128, 64, 8, 2),
+    (128, 64, 8, 2, 128),
+    (128, 128, 8, 2),
+    (64, 128, 8, 2),
+]
 
 
 def ours(case: AttentionCase, device: torch.device) -> Call:
@@ -264,12 +273,13 @@ def candidates(case: AttentionCase, dtype: torch.dtype, device: torch.device) ->
 
     shared = device_facts(torch.empty(0, device=device))[1]
     chosen, backward = (
-        forward_blocks(case.dim, dtype.itemsize, shared, bool(case.table)),
+        forward_blocks(case.dim, dtype.itemsize, shared, bool(case.table), torch.cuda.get_device_capability(device)[0]),
         backward_blocks(case.dim, dtype.itemsize, shared),
     )
 
     def tiles(first: Any, rest: list[Tile]) -> list[Tile]:
-        return list(dict.fromkeys([(first.queries, first.keys, first.warps, first.stages), *rest]))
+        limit = () if first.registers is None else (first.registers,)
+        return list(dict.fromkeys([(first.queries, first.keys, first.warps, first.stages, *limit), *rest]))
 
     result: dict[str, list[tuple[Tile, Any]]] = {"forward": [(t, AttentionBlocks(*t)) for t in tiles(chosen, FORWARD)]}
     result["dk, dv"] = [(t, replace(backward, keys=AttentionBlocks(*t))) for t in tiles(backward.keys, KEYS)]

@@ -5,9 +5,11 @@ and sum. Backward, without atomics and therefore the same at every run: one kern
 one takes a block of keys and walks over queries (``dk``, ``dv``), one takes a block of queries and walks over keys (``dq``).
 
 **T5's bias** depends on the distance ``key - query`` only, so a tile of it is a Toeplitz matrix: it is read from a list of one
-number per distance (a kernel of its own makes it from the table, a few KB per head, which stay in L1). From the distance on
-from which all share a bucket, a whole tile is one number, and no element is looked up. The list reaches further on both sides
-than a tile does, so no index is clamped.
+number per distance (a kernel of its own makes it from the table, a few KB per head, which stay in L1), two neighbours at once.
+From the distance on from which all share a bucket, a whole tile is one number, and no element is looked up. The list reaches
+further on both sides than a tile does, so no index is clamped. In half precision it is divided by the scale, and the matmul of
+queries and keys begins at it instead of zero; the scale is then multiplied where the maximum, or the backward's sum, is
+subtracted.
 
 **The table's gradient** is the sum of the scores' gradient over the diagonals. A kernel of its own walks *along* a diagonal of
 tiles, over all blocks of queries and all sequences of the batch, and adds the tiles up where they lie, in registers: so
@@ -68,12 +70,14 @@ class AttentionBlocks:
         queries, keys: of a tile.
         warps: per program.
         stages: how many tiles of the walk are under way at once.
+        registers: at most, per thread; None as many as the compiler takes.
     """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def padded_dim(dim: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def forward_blocks(dim: int, itemsize: int, shared: int, table: bool = False) -> AttentionBlocks:
+def forward_blocks(dim: int, itemsize: int, shared: int, table: bool = False, major: int = 0) -> AttentionBlocks:
     """How the forward is cut.
 
     Args:
@@ -105,6 +109,7 @@ def forward_blocks(dim: int, itemsize: int, shared: int, table: bool = False) ->
         itemsize: bytes of a number.
         shared: bytes of shared memory that a program may use.
         table: whether T5's bias is looked up.
+        major: compute capability of NVIDIA's device.
     """
     width = padded_dim(dim)
     if itemsize == 4:  # multiplied without tensor cores: small tiles, or registers spill
@@ -112,6 +117,9 @@ def forward_blocks(dim: int, itemsize: int, shared: int, table: bool = False) ->
     if shared < 100_000:
         return AttentionBlocks(64, 32, 4, 1)
     # One H200, head size 64, 64×64 with 4 warps and 128×64 with 8: T5 0.112 and 0.145 ms, BERT with dropout 0.259 and 0.254.
+    # Of 128 registers a thread, instead of 130, four programs run at once and not three; it costs 4 of 463 instructions.
+    if table and width <= 64 and major == 9:
+        return AttentionBlocks(64, 64, 4, 3, 128)
     if table and width <= 128:
         return AttentionBlocks(64, 64, 4, 3 if width <= 64 else 2)
     if width <= 64:
@@ -132,10 +140,12 @@ def backward_blocks(dim: int, itemsize: int, shared: int) -> BackwardBlocks:
         small = AttentionBlocks(32, 32, 4, 1)
         return BackwardBlocks(small, small, small)
     if width <= 64:
-        # The first spills 30 to 140 bytes a thread, but was as fast as 32×64, which hardly does: T5 0.655 and 0.668
-        # ms for the whole backward on one H200, BERT with dropout 1.000 and 0.996.
+        # The first spilled 30 to 140 bytes a thread (now 0 to 40), but was as fast as 32×64, which hardly did: T5 0.655 and
+        # 0.668 ms for the whole backward on one H200, BERT with dropout 1.000 and 0.996.
         # The table's tile with T5's dropout: 0.671, 128×128 with 8 warps 0.694.
-        return BackwardBlocks(AttentionBlocks(64, 64, 4, 2), AttentionBlocks(64, 64, 4, 3), AttentionBlocks(64, 64, 4, 3))
+        # On sm_80 it would spill 340 to 370, and 32×64 spills 24; not measured.
+        keys = AttentionBlocks(32 if shared < 200_000 else 64, 64, 4, 2)
+        return BackwardBlocks(keys, AttentionBlocks(64, 64, 4, 3), AttentionBlocks(64, 64, 4, 3))
     if width <= 128:
         if shared < 200_000:
             return BackwardBlocks(AttentionBlocks(32, 64, 4, 1), AttentionBlocks(64, 32, 4, 1), AttentionBlocks(64, 32, 4, 1))
@@ -180,21 +190,91 @@ def _padding(range_ptr, batch, keys, RANGE: tl.constexpr):
 
 
 @triton.jit
-def _look_up(pointers, ASM: tl.constexpr):
-    # As a load of triton's the tile would be read in another order than the tensor cores' result has, and sorted through shared
-    # memory. As an instruction on every element it is read where it is needed, at constant offsets from two addresses a thread.
-    if ASM:
-        result = tl.inline_asm_elementwise(
-            "ld.global.nc.f32 $0, [$1];", "=f,l", [pointers.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
+def _look_up(pointers):
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.f32 $0, [$1];", "=f,l", [pointers.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _look_up_pair(pointers, ASM: tl.constexpr):
+    if ASM > 0:
+        x, y = tl.inline_asm_elementwise(
+            "ld.global.nc.v2.f32 {$0, $1}, [$2];",
+            "=f,=f,l",
+            [pointers.to(tl.int64)],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
         )
     else:
-        result = tl.load(pointers)
-    return result
+        x, y = tl.load(pointers), tl.load(pointers + 1)
+    return x, y
+
+
+@triton.jit
+def _bias(
+    distances_ptr,
+    start,
+    reach,
+    near_left,
+    near_right,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """T5's bias of a tile whose first key and query are ``start`` apart.
+
+    As a load of triton's the tile would be read in another order than the tensor cores' result has, and sorted through shared
+    memory. As an instruction it is read where it is needed: two neighbours along a row at once, for which the list is there
+    twice, the second time one number further, so that a pair of any parity begins at 8 bytes. Eight rows below the same pairs
+    are needed again, one block of eight columns later, and there the compiler reads nothing: 9 loads a thread for 32 elements.
+    The pairs are joined by position, so another order in registers would be slower, and not wrong. From compute capability 10
+    on, where a thread has a row, every element is read for itself.
+    """
+    ROWS: tl.constexpr = KEYS if KEYS_FIRST else QUERIES
+    COLS: tl.constexpr = QUERIES if KEYS_FIRST else KEYS
+    if (start + KEYS > 1 - near_left) & (start + 1 < near_right + QUERIES):
+        if (ASM != 0) & (ASM < 10):
+            rows = tl.arange(0, ROWS // 16)[:, None, None, None] * 16
+            row = tl.arange(0, 8)[None, :, None, None]
+            cols = tl.arange(0, COLS // 8)[None, None, :, None] * 8
+            col = tl.arange(0, 4)[None, None, None, :] * 2
+            if KEYS_FIRST:
+                # A row is a key: along it distances fall.
+                place = row + (reach + start - 1) - col
+                further = rows - cols
+                next_rows = 8
+            else:
+                place = (reach + start) - row + col
+                further = cols - rows
+                next_rows = -8
+            odd = place & 1
+            pointers = distances_ptr + (place - odd + odd * (2 * reach + 2)) + further
+            x, y = _look_up_pair(pointers, ASM)
+            x_next, y_next = _look_up_pair(pointers + next_rows, ASM)
+            if KEYS_FIRST:
+                pairs = tl.join(tl.join(y, x), tl.join(y_next, x_next))
+            else:
+                pairs = tl.join(tl.join(x, y), tl.join(x_next, y_next))
+            # [rows / 16, 8, cols / 8, 4, bit 0 of the column, bit 3 of the row]
+            bias = tl.reshape(tl.permute(pairs, (0, 5, 1, 2, 3, 4)), (ROWS, COLS))
+        else:
+            rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+            distance = rows - cols if KEYS_FIRST else cols - rows
+            if ASM > 0:
+                bias = _look_up(distances_ptr + (reach + start) + distance)
+            else:
+                bias = tl.load(distances_ptr + (reach + start) + distance)
+    else:
+        bias = tl.full((ROWS, COLS), 0.0, tl.float32) + tl.load(distances_ptr + tl.where(start > 0, 2 * reach, 0))
+    return bias
 
 
 @triton.jit
 def _look_up_byte(pointers, ASM: tl.constexpr):
-    if ASM:
+    if ASM > 0:
         result = tl.inline_asm_elementwise(
             "ld.global.nc.u8 $0, [$1];", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
         )
@@ -204,9 +284,16 @@ def _look_up_byte(pointers, ASM: tl.constexpr):
 
 
 @triton.jit
+def _products(a, b, bias, ADD: tl.constexpr):
+    """With ADD the sum begins at the bias: an addition that costs no instruction."""
+    return tl.dot(a, b, bias, input_precision="ieee") if ADD else tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
 def _scores(
     qk,
     scale,
+    bias,
     q,
     k,
     q0,
@@ -214,15 +301,11 @@ def _scores(
     shift,
     begin,
     end,
-    distances_ptr,
     slope,
     mask_ptr,
     pairs_ptr,
     pairs_query,
     queries,
-    reach,
-    near_left,
-    near_right,
     left,
     right,
     HAS_TABLE: tl.constexpr,
@@ -234,22 +317,18 @@ def _scores(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     ASM: tl.constexpr,
-    FOLD: tl.constexpr = False,
+    FOLD: tl.constexpr,
 ):
-    """Scale (unless the exponent has it), bias and masks on a tile of products.
+    """Scale and bias (unless the exponent and the product have them), and masks, on a tile of products.
 
-    ``q``, ``k``: numbers in the tile, shaped along its dimensions. The branch gives the bias and does not touch the products,
-    because Triton 3.6 fails to compile a product of the pipelined loop that is used in two branches.
+    ``q``, ``k``: numbers in the tile, shaped along its dimensions.
     """
     start = k0 - q0 - shift  # the distance of the tile's first key and query
-    if HAS_TABLE:
-        if (start + KEYS > 1 - near_left) & (start + 1 < near_right + QUERIES):
-            bias = _look_up((distances_ptr + (reach + start) - q) + k, ASM)
+    if not FOLD:
+        if HAS_TABLE:
+            qk = qk * scale + bias
         else:
-            bias = (q * 0 + k * 0).to(tl.float32) + tl.load(distances_ptr + tl.where(start > 0, 2 * reach, 0))
-        qk = qk * scale + bias
-    elif not FOLD:
-        qk *= scale
+            qk *= scale
     if HAS_SLOPES:
         qk -= slope * tl.abs((start + k).to(tl.float32) - q.to(tl.float32))
     crossed = (k0 < begin) | (k0 + KEYS > end)
@@ -330,14 +409,19 @@ def _power(x, NATURAL: tl.constexpr):
 
 
 @triton.jit
-def _exponentials(s, sums):
-    """``base ** (s - sums)``; with a sum in double precision its low bits are subtracted after the high ones."""
+def _exponentials(s, scale, sums, FOLD: tl.constexpr):
+    """``base ** (s - sums)``; with a sum in double precision its low bits are subtracted after the high ones.
+
+    With FOLD the scale is multiplied here, by the instruction that subtracts.
+    """
     if sums.dtype == tl.float64:
         high = sums.to(tl.float32)
         low = tl.where(
             high == float("inf"), 0.0, (sums - tl.where(high == float("inf"), 0.0, high).to(tl.float64)).to(tl.float32)
         )
         p = _power((s - high) - low, True)
+    elif FOLD:
+        p = tl.exp2(s * scale - sums)
     else:
         p = _power(s - sums, False)
     return p
@@ -359,7 +443,10 @@ def _attention_distances_kernel(table_ptr, buckets_ptr, distances_ptr, factor, h
     mask = cols < width
     bucket = tl.load(buckets_ptr + cols, mask=mask, other=0)
     value = tl.load(table_ptr + bucket * heads + head, mask=mask, other=0.0).to(tl.float32)
-    tl.store(distances_ptr + head.to(tl.int64) * width + cols, value * factor, mask=mask)
+    # Twice, the second time one number further, in rows of an even number: see _bias.
+    distances_ptr += head.to(tl.int64) * (2 * width + 2)
+    tl.store(distances_ptr + cols, value * factor, mask=mask)
+    tl.store(distances_ptr + width + cols, value * factor, mask=mask & (cols > 0))
 
 
 @triton.jit(do_not_specialize=["keys", "batch_stride", "key_stride"])
@@ -500,7 +587,7 @@ def _attention_fwd_kernel(
     v_base = _base(v_ptr, batch, head // groups, first_key, v_batch, v_head, v_token, UNIT)
     slope, key = 0.0, tl.full((), 0, tl.uint32)
     if HAS_TABLE:
-        distances_ptr += head.to(tl.int64) * (2 * reach + 1)
+        distances_ptr += head.to(tl.int64) * (4 * reach + 4)
     if HAS_SLOPES:
         slope = _slope(slopes_ptr, head, sums_ptr.dtype.element_ty == tl.float64)
     if HAS_MASK:
@@ -522,15 +609,23 @@ def _attention_fwd_kernel(
     top = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((QUERIES,), dtype=tl.float32)
     acc = tl.zeros((QUERIES, WIDTH), dtype=tl.float32)
+    # A tile is further by a number, so that a pointer costs one addition of 64 bits in the loop and no product.
+    k_step = k_token.to(tl.int64) * UNIT
+    k_ptrs = k_base + cols[None, :] * k_step + dims[:, None]
+    v_step = v_token.to(tl.int64) * UNIT
+    v_ptrs = v_base + cols[:, None] * v_step + dims[None, :]
     for k0 in tl.range(low, high, KEYS, num_stages=STAGES):
-        k_tokens = (k0 + cols).to(tl.int64)
         inside = k0 + cols < keys
         k_mask = inside[None, :] if DIM == WIDTH else inside[None, :] & (dims < DIM)[:, None]
-        k = tl.load(k_base + k_tokens[None, :] * (k_token * UNIT) + dims[:, None], mask=k_mask, other=0.0)
-        s = tl.dot(q, k, input_precision="ieee")
+        k = tl.load(k_ptrs + k0 * k_step, mask=k_mask, other=0.0)
+        bias = 0.0
+        if HAS_TABLE:
+            bias = _bias(distances_ptr, k0 - q0 - shift, reach, near_left, near_right, QUERIES, KEYS, False, ASM)
+        s = _products(q, k, bias, HAS_TABLE and FOLD)
         s = _scores(
             s,
             scale,
+            bias,
             rows[:, None],
             cols[None, :],
             q0,
@@ -538,15 +633,11 @@ def _attention_fwd_kernel(
             shift,
             begin,
             end,
-            distances_ptr,
             slope,
             mask_ptr,
             pairs_ptr,
             pairs_query,
             queries,
-            reach,
-            near_left,
-            near_right,
             left,
             right,
             HAS_TABLE,
@@ -573,7 +664,7 @@ def _attention_fwd_kernel(
         if DROPOUT:
             p = tl.where(_kept(q0, k0, key, threshold, QUERIES, KEYS, False), p, 0.0)
         v_mask = inside[:, None] if DIM == WIDTH else inside[:, None] & (dims < DIM)[None, :]
-        v = tl.load(v_base + k_tokens[:, None] * (v_token * UNIT) + dims[None, :], mask=v_mask, other=0.0)
+        v = tl.load(v_ptrs + k0 * v_step, mask=v_mask, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = higher
 
@@ -718,6 +809,7 @@ def _attention_dkdv_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     DROPOUT: tl.constexpr,
+    FOLD: tl.constexpr,
     ASM: tl.constexpr,
     APART: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -765,7 +857,7 @@ def _attention_dkdv_kernel(
         sum_offset = batch.to(tl.int64) * sum_batch + head.to(tl.int64) * sum_head + first_query
         head_distances_ptr = distances_ptr
         if HAS_TABLE:
-            head_distances_ptr = distances_ptr + head.to(tl.int64) * (2 * reach + 1)
+            head_distances_ptr = distances_ptr + head.to(tl.int64) * (4 * reach + 4)
         if HAS_SLOPES:
             slope = _slope(slopes_ptr, head, sums_ptr.dtype.element_ty == tl.float64)
         head_pairs_ptr = pairs_ptr
@@ -773,16 +865,31 @@ def _attention_dkdv_kernel(
             head_pairs_ptr = pairs_ptr + batch.to(tl.int64) * pairs_batch + head.to(tl.int64) * pairs_head
         if DROPOUT:
             key = random_key(rng_ptr, batch * heads + head)
+        q_step = q_token.to(tl.int64) * UNIT
+        q_ptrs = q_base + cols[:, None] * q_step + dims[None, :]
+        g_step = g_token.to(tl.int64) * UNIT
+        g_ptrs = g_base + cols[:, None] * g_step + dims[None, :]
         for q0 in tl.range(low, high, QUERIES, num_stages=STAGES):
             inside = q0 + cols < queries
-            q_tokens = (q0 + cols).to(tl.int64)[:, None]
             q_mask = inside[:, None] if DIM == WIDTH else inside[:, None] & (dims < DIM)[None, :]
-            q = tl.load(q_base + q_tokens * (q_token * UNIT) + dims[None, :], mask=q_mask, other=0.0)
-            sums = tl.load(sums_ptr + sum_offset + q0 + cols, mask=inside, other=float("inf"))
-            s = tl.dot(k, tl.trans(q), input_precision="ieee")
+            q = tl.load(q_ptrs + q0 * q_step, mask=q_mask, other=0.0)
+            if (sums_ptr.dtype.element_ty == tl.float32) & (ASM != 0):
+                # One load of both, a number for every thread: of less Triton 3.6 lets each thread load all it needs, and of
+                # 849 instructions for a tile of 64×64 with T5's bias 300 copied single numbers.
+                places = tl.join(sums_ptr + sum_offset + q0 + cols, delta_ptr + sum_offset + q0 + cols)
+                other = tl.join(tl.full((QUERIES,), float("inf"), tl.float32), tl.zeros((QUERIES,), tl.float32))
+                sums, delta = tl.split(tl.load(places, mask=tl.join(inside, inside), other=other))
+            else:
+                sums = tl.load(sums_ptr + sum_offset + q0 + cols, mask=inside, other=float("inf"))
+                delta = tl.load(delta_ptr + sum_offset + q0 + cols, mask=inside, other=0.0)
+            bias = 0.0
+            if HAS_TABLE:
+                bias = _bias(head_distances_ptr, k0 - q0 - shift, reach, near_left, near_right, QUERIES, KEYS, True, ASM)
+            s = _products(k, tl.trans(q), bias, HAS_TABLE and FOLD)
             s = _scores(
                 s,
                 scale,
+                bias,
                 cols[None, :],
                 rows[:, None],
                 q0,
@@ -790,15 +897,11 @@ def _attention_dkdv_kernel(
                 shift,
                 begin,
                 end,
-                head_distances_ptr,
                 slope,
                 mask_ptr,
                 head_pairs_ptr,
                 pairs_query,
                 queries,
-                reach,
-                near_left,
-                near_right,
                 left,
                 right,
                 HAS_TABLE,
@@ -810,10 +913,10 @@ def _attention_dkdv_kernel(
                 QUERIES,
                 KEYS,
                 ASM,
+                FOLD,
             )
-            p = _exponentials(s, sums[None, :])
-            dout = tl.load(g_base + q_tokens * (g_token * UNIT) + dims[None, :], mask=q_mask, other=0.0)
-            delta = tl.load(delta_ptr + sum_offset + q0 + cols, mask=inside, other=0.0)
+            p = _exponentials(s, scale, sums[None, :], FOLD)
+            dout = tl.load(g_ptrs + q0 * g_step, mask=q_mask, other=0.0)
             dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
             if DROPOUT:
                 kept = _kept(q0, k0, key, threshold, QUERIES, KEYS, True)
@@ -909,6 +1012,7 @@ def _attention_dq_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     DROPOUT: tl.constexpr,
+    FOLD: tl.constexpr,
     ASM: tl.constexpr,
     TABLE_GRADIENT: tl.constexpr,
     DELTA: tl.constexpr,
@@ -946,7 +1050,7 @@ def _attention_dq_kernel(
         delta = tl.load(delta_ptr + sum_offset + q0 + rows, mask=inside, other=0.0)
     slope, key = 0.0, tl.full((), 0, tl.uint32)
     if HAS_TABLE:
-        distances_ptr += head.to(tl.int64) * (2 * reach + 1)
+        distances_ptr += head.to(tl.int64) * (4 * reach + 4)
     if HAS_SLOPES:
         slope = _slope(slopes_ptr, head, sums_ptr.dtype.element_ty == tl.float64)
     if HAS_MASK:
@@ -970,15 +1074,22 @@ def _attention_dq_kernel(
     far_left = tl.zeros((QUERIES,), dtype=tl.float32)
     far_right = tl.zeros((QUERIES,), dtype=tl.float32)
     dq = tl.zeros((QUERIES, WIDTH), dtype=tl.float32)
+    k_step = k_token.to(tl.int64) * UNIT
+    k_ptrs = k_base + cols[:, None] * k_step + dims[None, :]
+    v_step = v_token.to(tl.int64) * UNIT
+    v_ptrs = v_base + cols[:, None] * v_step + dims[None, :]
     for k0 in tl.range(low, high, KEYS, num_stages=STAGES):
-        k_tokens = (k0 + cols).to(tl.int64)[:, None]
         k_inside = k0 + cols < keys
         k_mask = k_inside[:, None] if DIM == WIDTH else k_inside[:, None] & (dims < DIM)[None, :]
-        k = tl.load(k_base + k_tokens * (k_token * UNIT) + dims[None, :], mask=k_mask, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        k = tl.load(k_ptrs + k0 * k_step, mask=k_mask, other=0.0)
+        bias = 0.0
+        if HAS_TABLE:
+            bias = _bias(distances_ptr, k0 - q0 - shift, reach, near_left, near_right, QUERIES, KEYS, False, ASM)
+        s = _products(q, tl.trans(k), bias, HAS_TABLE and FOLD)
         s = _scores(
             s,
             scale,
+            bias,
             rows[:, None],
             cols[None, :],
             q0,
@@ -986,15 +1097,11 @@ def _attention_dq_kernel(
             shift,
             begin,
             end,
-            distances_ptr,
             slope,
             mask_ptr,
             pairs_ptr,
             pairs_query,
             queries,
-            reach,
-            near_left,
-            near_right,
             left,
             right,
             HAS_TABLE,
@@ -1006,9 +1113,10 @@ def _attention_dq_kernel(
             QUERIES,
             KEYS,
             ASM,
+            FOLD,
         )
-        p = _exponentials(s, sums[:, None])
-        v = tl.load(v_base + k_tokens * (v_token * UNIT) + dims[None, :], mask=k_mask, other=0.0)
+        p = _exponentials(s, scale, sums[:, None], FOLD)
+        v = tl.load(v_ptrs + k0 * v_step, mask=k_mask, other=0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         if DROPOUT:
             dp = tl.where(_kept(q0, k0, key, threshold, QUERIES, KEYS, False), dp * inverse, 0.0)
@@ -1017,9 +1125,12 @@ def _attention_dq_kernel(
             whole += tl.sum(p, axis=1)
         ds = p * (dp - delta[:, None])
         if TABLE_GRADIENT:
-            if k0 < near_first:
+            if k0 + KEYS <= near_first:
+                far_left += tl.sum(ds, axis=1)
+            elif k0 >= near_last:
+                far_right += tl.sum(ds, axis=1)
+            elif (k0 < near_first) | (k0 + KEYS > near_last):  # tiles of keys and diagonals that begin at other numbers
                 far_left += tl.sum(tl.where((k0 + cols < near_first)[None, :], ds, 0.0), axis=1)
-            if k0 + KEYS > near_last:
                 far_right += tl.sum(tl.where((k0 + cols >= near_last)[None, :], ds, 0.0), axis=1)
         if not DELTA:
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -1099,6 +1210,7 @@ def _attention_dtable_kernel(
     HAS_RIGHT: tl.constexpr,
     DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
+    FOLD: tl.constexpr,
     ASM: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -1109,13 +1221,17 @@ def _attention_dtable_kernel(
     offset = (first_offset + tl.program_id(1)) * KEYS
     head = tl.program_id(2)
     rows, cols, dims = tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, WIDTH)
-    distances_ptr += head.to(tl.int64) * (2 * reach + 1)
+    distances_ptr += head.to(tl.int64) * (4 * reach + 4)
     total = tl.zeros((QUERIES, KEYS), dtype=tl.float32)
     low, high = 0, blocks
     if not PACKED:  # only tiles that have keys
         start = offset + keys - queries
         low = tl.maximum(QUERIES - KEYS - start, 0) // QUERIES
         high = tl.minimum(tl.maximum(keys - start + QUERIES - 1, 0) // QUERIES, blocks)
+    q_step, k_step = q_token.to(tl.int64) * UNIT, k_token.to(tl.int64) * UNIT
+    g_step, v_step = g_token.to(tl.int64) * UNIT, v_token.to(tl.int64) * UNIT
+    q_places, k_places = rows[:, None] * q_step + dims[None, :], cols[:, None] * k_step + dims[None, :]
+    g_places, v_places = rows[:, None] * g_step + dims[None, :], cols[:, None] * v_step + dims[None, :]
     tiles = batches * tl.maximum(high - low, 0)
     count = tl.maximum(high - low, 1)
     for item in tl.range(part, tiles, parts, num_stages=STAGES):
@@ -1127,16 +1243,16 @@ def _attention_dtable_kernel(
         k0 = q0 + offset + shift
         inside = q0 + rows < sequence
         k_inside = (k0 + cols >= 0) & (k0 + cols < key_count)
-        tokens, k_tokens = (q0 + rows).to(tl.int64)[:, None], (k0 + cols).to(tl.int64)[:, None]
         q_mask = inside[:, None] if DIM == WIDTH else inside[:, None] & (dims < DIM)[None, :]
         k_mask = k_inside[:, None] if DIM == WIDTH else k_inside[:, None] & (dims < DIM)[None, :]
         q_base = _base(q_ptr, batch, head, first_query, q_batch, q_head, q_token, UNIT)
         g_base = _base(dout_ptr, batch, head, first_query, g_batch, g_head, g_token, UNIT)
         k_base = _base(k_ptr, batch, head // groups, first_key, k_batch, k_head, k_token, UNIT)
         v_base = _base(v_ptr, batch, head // groups, first_key, v_batch, v_head, v_token, UNIT)
-        q = tl.load(q_base + tokens * (q_token * UNIT) + dims[None, :], mask=q_mask, other=0.0)
-        k = tl.load(k_base + k_tokens * (k_token * UNIT) + dims[None, :], mask=k_mask, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        q = tl.load(q_base + q0 * q_step + q_places, mask=q_mask, other=0.0)
+        k = tl.load(k_base + k0 * k_step + k_places, mask=k_mask, other=0.0)
+        bias = _bias(distances_ptr, offset, reach, near_left, near_right, QUERIES, KEYS, False, ASM)
+        s = _products(q, tl.trans(k), bias, FOLD)
         sum_offset = batch.to(tl.int64) * sum_batch + head.to(tl.int64) * sum_head + first_query
         sums = tl.load(sums_ptr + sum_offset + q0 + rows, mask=inside, other=float("inf"))
         batch_mask_ptr = mask_ptr
@@ -1148,6 +1264,7 @@ def _attention_dtable_kernel(
         s = _scores(
             s,
             scale,
+            bias,
             rows[:, None],
             cols[None, :],
             q0,
@@ -1155,15 +1272,11 @@ def _attention_dtable_kernel(
             shift,
             begin,
             end,
-            distances_ptr,
             0.0,
             batch_mask_ptr,
             batch_pairs_ptr,
             pairs_query,
             sequence,
-            reach,
-            near_left,
-            near_right,
             left,
             right,
             True,
@@ -1175,10 +1288,11 @@ def _attention_dtable_kernel(
             QUERIES,
             KEYS,
             ASM,
+            FOLD,
         )
-        p = _exponentials(s, sums[:, None])
-        dout = tl.load(g_base + tokens * (g_token * UNIT) + dims[None, :], mask=q_mask, other=0.0)
-        v = tl.load(v_base + k_tokens * (v_token * UNIT) + dims[None, :], mask=k_mask, other=0.0)
+        p = _exponentials(s, scale, sums[:, None], FOLD)
+        dout = tl.load(g_base + q0 * g_step + g_places, mask=q_mask, other=0.0)
+        v = tl.load(v_base + k0 * v_step + v_places, mask=k_mask, other=0.0)
         delta = tl.load(delta_ptr + sum_offset + q0 + rows, mask=inside, other=0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         if DROPOUT:
@@ -1404,12 +1518,12 @@ def _set_up(q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -
         near = near_distances(options.bidirectional, num_buckets, options.max_distance)
         reach = options.max_distance + _REACH
         buckets = _buckets(device, options.bidirectional, num_buckets, options.max_distance)
-        distances = torch.empty((heads, 2 * reach + 1), dtype=torch.float32, device=device)
         width = 2 * reach + 1
+        distances = torch.empty((heads, 2, width + 1), dtype=torch.float32, device=device)
         _DISTANCES(
             (heads, -(-width // 512)),
             (extras.table.contiguous(), buckets, distances),
-            (_base_factor(q), heads, width),
+            (_base_factor(q) if not _folds(q, extras, options) else 1.0 / options.scale, heads, width),
             (512,),
             4,
         )
@@ -1449,8 +1563,30 @@ def _set_up(q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -
     )
 
 
-def _reads_by_instruction(q: Tensor) -> bool:
-    return q.is_cuda and torch.version.hip is None
+@functools.lru_cache(maxsize=64)
+def _major(device: int | None) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def _reads_by_instruction(q: Tensor) -> int:
+    """The constant ASM: the major compute capability of NVIDIA's device, 0 where its instructions are not.
+
+    A test takes -1: reads in pairs as 9 does, with loads that the interpreter has.
+    """
+    return _major(q.device.index) if q.is_cuda and torch.version.hip is None else 0
+
+
+def _folds(q: Tensor, extras: Extras, options: Options) -> bool:
+    """Whether the exponent has the scale, and the products begin at the bias, which is then divided by it.
+
+    Not where the scale is so small that the quotient's size costs digits of the products that are added to it, nor where the
+    sums of products are not in registers (compute capability 10).
+    """
+    if q.dtype == torch.float32 or extras.slopes is not None:
+        return False
+    if extras.table is None:
+        return options.scale > 0
+    return options.scale > 1e-3 and _reads_by_instruction(q) < 10
 
 
 def launch_attention(
@@ -1466,11 +1602,11 @@ def launch_attention(
         return out, sums, rest
     with on_device(q):
         setup = _set_up(q, k, v, extras, options)
-        has_table, has_slopes = setup.biases
-        cut = blocks or forward_blocks(q.shape[-1], q.element_size(), device_facts(q)[1], has_table)
+        cut = blocks or forward_blocks(
+            q.shape[-1], q.element_size(), device_facts(q)[1], extras.table is not None, _reads_by_instruction(q)
+        )
         count = -(-setup.queries // cut.queries)
         strides, unit = _in_units(setup.q, setup.k, setup.v, out)
-        fold = not (has_table or has_slopes) and options.scale > 0 and q.dtype != torch.float32
         _FORWARD(
             (count * setup.heads * setup.batches,),
             (setup.q, setup.k, setup.v, out, sums, rest if rest.numel() else None, *setup.pointers),
@@ -1479,10 +1615,9 @@ def launch_attention(
                 q.shape[-1],
                 padded_dim(q.shape[-1]),
                 unit,
-                has_table,
-                has_slopes,
+                *setup.biases,
                 *setup.masks,
-                fold,
+                _folds(q, extras, options),
                 rest.numel() > 0,
                 _reads_by_instruction(q),
                 cut.queries,
@@ -1490,6 +1625,7 @@ def launch_attention(
                 cut.stages,
             ),
             cut.warps,
+            cut.registers,
         )
     return out, sums, rest
 
@@ -1544,6 +1680,7 @@ def launch_attention_backward(
                 unit,
                 *setup.biases,
                 *setup.masks,
+                _folds(q, extras, options),
                 _reads_by_instruction(q),
                 q.dtype == torch.float32 and setup.heads != setup.kv_heads,
                 tile.queries,
@@ -1551,6 +1688,7 @@ def launch_attention_backward(
                 tile.stages,
             ),
             tile.warps,
+            tile.registers,
         )
 
         # The diagonals of tiles in which a key is near.
@@ -1614,6 +1752,7 @@ def _walk_keys(
             unit,
             *setup.biases,
             *setup.masks,
+            _folds(setup.q, setup.extras, setup.options),
             _reads_by_instruction(setup.q),
             far is not None,
             delta,
@@ -1622,6 +1761,7 @@ def _walk_keys(
             tile.stages,
         ),
         tile.warps,
+        tile.registers,
     )
 
 
@@ -1667,12 +1807,14 @@ def _table_gradient(
             unit,
             *setup.masks,
             aligned,
+            _folds(q, setup.extras, setup.options),
             _reads_by_instruction(q),
             tile.queries,
             tile.keys,
             tile.stages,
         ),
         tile.warps,
+        tile.registers,
     )
     buckets, span = dtable.shape[0], 1 << (tile.queries + tile.keys - 2).bit_length()
     width = 1 << (buckets - 1).bit_length()

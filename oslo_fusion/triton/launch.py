@@ -42,6 +42,7 @@ class Kernel:
         numbers: tuple[float, ...],
         constants: tuple[Any, ...],
         num_warps: int,
+        registers: int | None = None,
     ) -> None:
         """Launch on the current device and stream.
 
@@ -51,6 +52,7 @@ class Kernel:
             numbers: int or float arguments.
             constants: values of the ``tl.constexpr`` parameters.
             num_warps: warps per program.
+            registers: at most so many per thread, None as many as the compiler takes. AMD's compiler is not told.
         """
         first = pointers[0]
         assert first is not None
@@ -62,10 +64,11 @@ class Kernel:
         if _HIP:  # there triton also looks whether offsets into the tensor fit into 32 bits
             kinds += [p is not None and p.untyped_storage().size() < _WIDE for p in pointers]
         widths = [float if type(n) is float else -_WIDE <= n < _WIDE for n in numbers]
-        key = (device, num_warps, constants, *kinds, *widths)
+        key = (device, num_warps, registers, constants, *kinds, *widths)
         compiled = self._compiled.get(key)
         if compiled is None:
-            self._compiled[key] = self.jitted[grid](*pointers, *numbers, *constants, num_warps=num_warps)
+            limit = {} if registers is None or _HIP else {"maxnreg": registers}
+            self._compiled[key] = self.jitted[grid](*pointers, *numbers, *constants, num_warps=num_warps, **limit)
             return
         grid = (*grid, 1, 1)[:3]
         compiled[grid](*pointers, *numbers, *constants, stream=torch._C._cuda_getCurrentRawStream(device))

@@ -81,6 +81,7 @@ def _compile(
     aligned: Sequence[str] | None = None,
     targets: Sequence[str] = tuple(SHARED_MEMORY),
     spill_allowed: int = 0,
+    registers: int | None = None,
 ) -> dict[str, Compiled]:
     """Compile a kernel for every target and check shared memory and spills.
 
@@ -92,6 +93,7 @@ def _compile(
         aligned: arguments divisible by 16, as triton would notice at a launch; all pointers unless given.
         targets: names out of ``SHARED_MEMORY``.
         spill_allowed: bytes per thread that may spill.
+        registers: at most per thread, as at the launch; for NVIDIA's targets.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -107,17 +109,20 @@ def _compile(
     for name in targets:
         gpu = GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
         source = ASTSource(fn=kernel, signature=types, constexprs=dict(constexprs), attrs=attributes)
-        built = triton.compile(source, target=gpu, options={"num_warps": num_warps, "num_stages": num_stages})
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        if registers is not None and gpu.backend == "cuda":
+            options["maxnreg"] = registers
+        built = triton.compile(source, target=gpu, options=options)
         assembly = built.asm["ptx" if gpu.backend == "cuda" else "amdgcn"]
-        registers, spilled = _cubin_resources(built.asm["cubin"]) if gpu.backend == "cuda" else _amd_resources(assembly)
+        used, spilled = _cubin_resources(built.asm["cubin"]) if gpu.backend == "cuda" else _amd_resources(assembly)
         shared = built.metadata.shared
         assert shared <= SHARED_MEMORY[name], (
             f"{kernel.__name__} for {name}: {shared} bytes of {SHARED_MEMORY[name]} shared memory"
         )
         assert spilled <= spill_allowed, (
-            f"{kernel.__name__} for {name}: {spilled} bytes spill per thread ({registers} registers, {num_warps} warps)"
+            f"{kernel.__name__} for {name}: {spilled} bytes spill per thread ({used} registers, {num_warps} warps)"
         )
-        results[name] = Compiled(name, shared, registers, spilled, assembly)
+        results[name] = Compiled(name, shared, used, spilled, assembly)
     return results
 
 

@@ -220,6 +220,42 @@ def test_the_mask_does_not_depend_on_the_tiles(queries: int, device: torch.devic
 
 
 @pytest.mark.usefixtures("poisoned", "small")
+@pytest.mark.parametrize(("queries", "dtype"), [(37, torch.float16), (50, torch.float32)])
+def test_bias_read_in_pairs_is_the_bias(
+    queries: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the instruction reads it, two neighbours at once, distances odd and even: bit for bit what single loads give."""
+    case = AttentionCase(queries=queries, keys=50, table="encoder", buckets=8, max_distance=20)
+    leaves = [t.detach().requires_grad_() for t in case.tensors(drawer(dtype, device))]
+    runs = []
+    for how in (0, -1):
+        monkeypatch.setattr(kernels, "_reads_by_instruction", lambda _, how=how: how)
+        y = launch(case, device)(*leaves)
+        runs.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y) + y.detach())))
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "tile", [(64, 64, 4, 2), (128, 64, 8, 2), (64, 128, 4, 2), (32, 64, 4, 2), (64, 64, 8, 2), (16, 32, 4, 1)]
+)
+def test_bias_read_in_pairs_by_the_instruction(tile: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    device, blocks = torch.device("cuda"), AttentionBlocks(*tile)
+    case = AttentionCase(queries=333, keys=400, dim=64, scale=0.5, table="encoder", buckets=32, max_distance=128)
+    q, k, v, table = case.tensors(drawer(torch.bfloat16, device))
+    arguments = op.prepare(q, k, v, bias_table=table, **case.options(device))
+    cut(monkeypatch, blocks, BackwardBlocks(blocks, blocks, blocks))
+    runs = []
+    for how in (0, torch.cuda.get_device_capability()[0]):
+        monkeypatch.setattr(kernels, "_reads_by_instruction", lambda _, how=how: how)
+        found = kernels.launch_attention(*arguments)
+        runs.append((*found[:2], *kernels.launch_attention_backward(q, q, k, v, *found, *arguments[3:], True)))
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.usefixtures("poisoned", "small")
 def test_strides_of_all_kinds(device: torch.device) -> None:
     draw = drawer(torch.float32, device)
     packed = draw(2, 20, 3, 2, 24)
@@ -391,8 +427,9 @@ NEEDED = {
 def compiled(kernel: Any, kind: str, dtype: str, dim: int, tile: AttentionBlocks, target: str, compile_: Any) -> Any:
     flags = {**PLAIN, **KINDS[kind]}
     constants = {**flags, "DIM": dim, "WIDTH": padded_dim(dim), "UNIT": 16}
-    nvidia = target.startswith("sm_")
-    constants |= {"ASM": nvidia, "FOLD": not flags["HAS_TABLE"] and dtype != "fp32"}
+    major = int(target[3:]) // 10 if target.startswith("sm_") else 0
+    folds = dtype != "fp32" and not flags["HAS_SLOPES"] and not (flags["HAS_TABLE"] and major >= 10)
+    constants |= {"ASM": major, "FOLD": folds}
     constants |= {"QUERIES": tile.queries, "KEYS": tile.keys, "STAGES": tile.stages}
     constants |= {pointer: None for pointer, flag in NEEDED.items() if not flags[flag]}
     names = kernel.arg_names
@@ -404,9 +441,8 @@ def compiled(kernel: Any, kind: str, dtype: str, dim: int, tile: AttentionBlocks
     if dtype == "fp32":
         signature["sums_ptr"] = "*fp64"
     constants = {name: value for name, value in constants.items() if name in names}
-    return compile_(
-        kernel, signature, constants, num_warps=tile.warps, num_stages=tile.stages, targets=[target], spill_allowed=1024
-    )[target]
+    cut = {"num_warps": tile.warps, "num_stages": tile.stages, "registers": tile.registers}
+    return compile_(kernel, signature, constants, **cut, targets=[target], spill_allowed=1088)[target]
 
 
 @pytest.mark.parametrize("target", list(SHARED))
@@ -420,7 +456,7 @@ def test_kernels_compile_for_every_target(
         compiled(kernels._attention_dq_kernel, "sums", dtype, dim, backward.queries, target, compile_for_all_targets)
         compiled(kernels._attention_dkdv_kernel, "grouped", dtype, dim, backward.keys, target, compile_for_all_targets)
     for kind in ("T5", "everything", "ALiBi, dropout") if (dtype, dim) == ("bf16", 64) else ("everything",):
-        forward = forward_blocks(dim, itemsize, SHARED[target], KINDS[kind].get("HAS_TABLE", False))
+        forward = forward_blocks(dim, itemsize, SHARED[target], KINDS[kind].get("HAS_TABLE", False), 9 * (target == "sm_90"))
         for kernel, tile in (
             (kernels._attention_fwd_kernel, forward),
             (kernels._attention_dkdv_kernel, backward.keys),
@@ -434,10 +470,10 @@ def test_kernels_compile_for_every_target(
 def test_nothing_spills_and_nothing_is_sorted_on_the_way(kind: str, compile_for_all_targets: Callable[..., Any]) -> None:
     """On an H200's kind of GPU at T5's and BERT's head size: bias and random mask are made where they are needed."""
     backward = backward_blocks(64, 2, SHARED["sm_90"])
-    forward = forward_blocks(64, 2, SHARED["sm_90"], KINDS[kind].get("HAS_TABLE", False))
+    forward = forward_blocks(64, 2, SHARED["sm_90"], KINDS[kind].get("HAS_TABLE", False), 9)
     for kernel, tile, allowed in (
         (kernels._attention_fwd_kernel, forward, 0),
-        (kernels._attention_dkdv_kernel, backward.keys, 128),  # and faster than tiles that do not, see backward_blocks
+        (kernels._attention_dkdv_kernel, backward.keys, 128),  # with ALiBi and dropout; T5 nothing, with a mask of pairs 40
         (kernels._attention_dq_kernel, backward.queries, 0),
     ):
         plain = compiled(kernel, "plain", "bf16", 64, tile, "sm_90", compile_for_all_targets)
