@@ -30,7 +30,6 @@ from torch import Tensor, fx
 from oslo_fusion.aot.error_functions import shorten_error_functions
 from oslo_fusion.aot.gated_mlps import CUT_AT, Parts, cut_gated_mlps
 from oslo_fusion.aot.masks import simplify_masks
-from oslo_fusion.aot.merged_linears import Merged, merge_linears
 from oslo_fusion.aot.record import Break, Graph, Record
 from oslo_fusion.config import MemoryEfficientFusion
 from oslo_fusion.errors import ConfigError, OsloFusionError
@@ -76,7 +75,7 @@ class Backend:
         activation_memory_budget: 1 keeps what min-cut finds fastest, 0 recomputes everything in the backward but what is
             random, as checkpointing the whole graph would; between them the dearest to recompute is kept, up to this share of
             memory. Up to a quarter, gated MLPs have their backward in parts, unless there are replacements, of which one may
-            be part of them. Small linear layers of one input run as one matmul, again unless there are replacements.
+            be part of them.
         passes: called in order with each graph of ATen and ``oslo_fusion::`` operators, forward and backward apart, just
             before Inductor generates its code. They change the graph in place.
         replacements: one's own kernels in place of patterns.
@@ -103,7 +102,7 @@ class Backend:
         self.record = record if record is not None else Record()
         self.compiler = compiler
         shorten = shorten_error_functions
-        last = _graph_pass(*passes, shorten) if passes else _graph_pass(shorten, name=f"{shorten.__name__} 1")
+        last = _graph_pass(*passes, shorten) if passes else _graph_pass(shorten, name=shorten.__name__)
         self._patches: dict[str, Any] = {"post_grad_custom_pre_pass": last}
         self._replaces = bool(replacements)
         if replacements:
@@ -126,14 +125,12 @@ class Backend:
             patches["fallback_random"] = True
         start = time.perf_counter()
         parts = cut_gated_mlps(graph) if self.activation_memory_budget <= CUT_AT and not self._replaces else Parts()
-        merged = Merged() if self._replaces else merge_linears(graph)
         # At exactly 0 the partitioner forgets what must be kept; the smallest budget above it gives the same otherwise.
         budget = max(self.activation_memory_budget, 1e-9)
         partition = {name: value for name, value in _PARTITION.items() if hasattr(functorch_config, name)}
         with functorch_config.patch(**partition, activation_memory_budget=budget):
             compiled: Any = compile_fx(graph, example_inputs, config_patches=patches or None, **inner)
-        done = {"parts": parts.cut, "whole": parts.whole, "merged": merged.groups, "apart": merged.apart}
-        self.record.graphs.append(replace(written(time.perf_counter() - start), **done))  # type: ignore[arg-type]
+        self.record.graphs.append(replace(written(time.perf_counter() - start), parts=parts.cut, whole=parts.whole))
         return compiled  # type: ignore[no-any-return]
 
 

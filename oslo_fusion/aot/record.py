@@ -45,8 +45,6 @@ class Graph:
         ended_by: the break at the graph's end, None where it ends with its function.
         parts: gated MLPs in it whose backward runs in parts.
         whole: why it does not for others, each reason once.
-        merged: groups of linear layers of one input in it that run as one matmul.
-        apart: why others do not, each reason once.
     """
 
     program: str
@@ -57,8 +55,6 @@ class Graph:
     ended_by: Break | None = None
     parts: int = 0
     whole: tuple[str, ...] = ()
-    merged: int = 0
-    apart: tuple[str, ...] = ()
 
 
 @dataclass
@@ -99,8 +95,8 @@ class Record:
         return tuple(graph for graph in self.graphs if graph.version == VERSIONS - 1)
 
     def rows(self) -> tuple[Proposal, ...]:
-        """A row per function with gated MLPs, where the dial is low, or small linear layers of one input; per break, which runs
-        as plain Python between two graphs; and per function with too many versions.
+        """A row per function with gated MLPs, where the dial is low; per break, which runs as plain Python between two graphs;
+        and per function with too many versions.
         """
         rows = []
         for program in dict.fromkeys(graph.program for graph in self.graphs):
@@ -110,13 +106,6 @@ class Record:
                 reason = "at this budget: three tensors of a part of its width in memory, where six of the whole would be"
                 rows.append(Proposal(site, ROOM, before, "backward in parts", "fused", reason))
             for reason in dict.fromkeys(reason for graph in graphs for reason in graph.whole):
-                rows.append(Proposal(site, ROOM, before, before, "refused", reason))
-            site, before = Site(program, "linear layers of one input", "-"), "a matmul each"
-            groups = max(graph.merged for graph in graphs)
-            if groups:
-                reason = f"{_count(groups, 'group')} of linear layers, each too small for the device alone"
-                rows.append(Proposal(site, ROOM, before, "one matmul", "fused", reason))
-            for reason in dict.fromkeys(reason for graph in graphs for reason in graph.apart):
                 rows.append(Proposal(site, ROOM, before, before, "refused", reason))
         for broken in self.breaks:
             site = Site(f"{Path(broken.file).name}:{broken.line}" if broken.file else "somewhere", "graph break", "-")
