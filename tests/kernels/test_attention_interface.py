@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import io
 import pickle
@@ -559,6 +560,25 @@ def test_the_nearest_length_decides() -> None:
     assert attention_routes._merged((128, 512, 2048), ("flash", "flash", "flash")) == ((0, "flash"),)
     rule = Rule(torch.float16, True, False, merged)
     assert [rule.winner(tokens) for tokens in (1, 1024, 1025, 9999)] == ["flash", "flash", "cudnn", "cudnn"]
+
+
+@pytest.mark.parametrize(
+    ("dropout", "masked", "tried"), [(0.0, False, False), (0.125, False, False), (0.1, False, True), (0.0, True, True)]
+)
+def test_ours_is_tried_where_it_may_win(dropout: float, masked: bool, tried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under masks, and without one where there is a dropout that cuDNN does not know."""
+    monkeypatch.setattr(attention_routes, "torch_obstacle", lambda *_: "")
+    monkeypatch.setattr(attention_routes._Trial, "proof", lambda *_: "")
+    real = attention_routes.obstacle
+
+    def obstacle(backend: str, case: Any, kernel: str) -> str:
+        return "" if backend == OURS else real(backend, dataclasses.replace(case, device="cuda"), kernel)
+
+    monkeypatch.setattr(attention_routes, "obstacle", obstacle)
+    facts = attention_routes.Facts(12, 12, 64, 1, 0.125, False, dropout, None)
+    config = oslo_fusion.FusionConfig(enable=True)
+    trial = attention_routes._Trial(facts, torch.device("cpu"), torch.bfloat16, config)
+    assert (OURS in [found.backend for found in trial.candidates(torch.bfloat16, masked)]) == tried
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
