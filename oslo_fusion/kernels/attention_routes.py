@@ -366,7 +366,7 @@ class _Trial:
         for backend in BACKENDS:
             trained_by = [c.backend for c in found if c.training]
             if backend == OURS and not masked and (CUDNN in trained_by or (FLASH in trained_by and not facts.dropout)):
-                # Its kernels take half a minute to compile, forward and backward. Flash draws dropout's numbers twice, ours once.
+                # Its kernels take half a minute to compile. Flash draws dropout's numbers twice, ours once.
                 self.refused.setdefault(OURS, "without a mask, where cuDNN and flash without dropout are faster")
                 continue
             why = [obstacle(backend, case, kernel) or torch_obstacle(backend, case, self.device) for case in (plain, trained)]
