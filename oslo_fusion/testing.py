@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from oslo_fusion.probe import compare
@@ -24,6 +28,31 @@ def assert_close_to_reference(
     """
     comparison = compare(ours, same_dtype, reference, norm)
     assert comparison.same, f"{what}: {comparison}"
+
+
+def curves_apart(ours: Sequence[Sequence[float]], eager: Sequence[Sequence[float]], window: int = 20) -> float:
+    """How far two mean loss curves are from each other where they are farthest apart, in standard deviations of a run, of
+    which all runs have a part.
+
+    Args:
+        ours: the losses of each run, all of as many steps.
+        eager: of at least two runs that differ by their dropout alone.
+        window: steps of which the mean is one point of a curve.
+    """
+    points = [[_curve(run, window) for run in side] for side in (ours, eager)]
+    mine, theirs = (list(zip(*side, strict=True)) for side in points)
+    degrees = len(ours) + len(eager) - 2
+    spread = [
+        math.sqrt(sum((x - statistics.mean(side)) ** 2 for side in pair for x in side) / degrees)
+        for pair in zip(mine, theirs, strict=True)
+    ]
+    usual: float = statistics.mean(spread)
+    gaps = [abs(statistics.mean(a) - statistics.mean(b)) for a, b in zip(mine, theirs, strict=True)]
+    return max((gap / max(own, usual) for gap, own in zip(gaps, spread, strict=True)), default=0.0)
+
+
+def _curve(losses: Sequence[float], window: int) -> list[float]:
+    return [statistics.mean(losses[start : start + window]) for start in range(0, len(losses), window)]
 
 
 ACTIVATION_SHAPES = {

@@ -14,6 +14,7 @@ from torch import nn
 
 import oslo_fusion
 from oslo_fusion.aot import backend
+from oslo_fusion.testing import curves_apart
 from tutorials.small_gpt import SIZES, Run, Text, build, held_out_loss, train, write
 
 STEPS, WINDOW = 200, 20
@@ -31,12 +32,7 @@ def curve(run: Run) -> list[float]:
 
 
 def distance(runs: Sequence[Run], eager: Sequence[Run]) -> float:
-    """How far the mean curve of runs is from eager's where they are farthest apart, in standard deviations of an eager run."""
-    ours, theirs = (list(zip(*map(curve, side), strict=True)) for side in (runs, eager))
-    spread = [statistics.stdev(window) for window in theirs]
-    usual = statistics.mean(spread)
-    apart = [abs(statistics.mean(a) - statistics.mean(b)) for a, b in zip(ours, theirs, strict=True)]
-    return max(gap / max(own, usual) for gap, own in zip(apart, spread, strict=True))
+    return curves_apart([run.losses for run in runs], [run.losses for run in eager], WINDOW)
 
 
 def runs(seeds: Sequence[int], make: Callable[[], nn.Module], size: str, **options: Any) -> list[Run]:
