@@ -113,23 +113,17 @@ class Queued:
     def __init__(self, mask: Tensor, labels: Tensor | None = None, shifted: bool = False) -> None:
         self.shape, self.valid = (mask.shape[0], mask.shape[1]), mask != 0
         valid, counts = self.valid, self.valid.flatten().cumsum(0)  # tokens so far, each one included
-        self.place = torch.arange(counts.shape[0], device=counts.device)
+        self.number = torch.arange(1, counts.shape[0] + 1, device=counts.device)
+        """``[rows × columns]``, of a packed token, from one on."""
         # The first place up to which there are as many.
-        self.source = torch.searchsorted(counts, self.place + 1).clamp_(max=counts.shape[0] - 1)
-        self.ends = F.pad(counts[mask.shape[1] - 1 :: mask.shape[1]], (1, 0))
-        """``[rows + 1]``, where each row's text begins in the packed batch, and its end."""
-        lengths, begins = self.ends[1:] - self.ends[:-1], valid[:, 0].sum()
-        numbers = [
-            self.ends[-1],
-            lengths.amax(),
-            (lengths > 0).sum(),
-            begins,
-            begins + (valid[:, 1:] > valid[:, :-1]).sum(),
-        ]
+        self.source = torch.searchsorted(counts, self.number).clamp_(max=counts.shape[0] - 1)
+        self.ends = counts[mask.shape[1] - 1 :: mask.shape[1]]
+        """``[rows]``, where each row's text ends in the packed batch."""
+        numbers = [valid[:, 0].sum(), (valid[:, 1:] > valid[:, :-1]).sum()]
         if labels is not None:
             where, what = (valid[:, :-1], labels[:, 1:]) if shifted else (valid, labels)
-            numbers.append(((what != IGNORED) > where).any())
-        self._numbers = torch.stack(numbers)
+            numbers.append(((what != IGNORED) > where).sum())
+        self._numbers = torch.cat([self.ends, torch.stack(numbers)])  # few launches, before which the device may be idle
 
     def packed(self, x: Tensor) -> Tensor:
         """``[rows, columns, ...]`` → ``[rows × columns, ...]``, the packed tokens first, then anything."""
@@ -139,13 +133,15 @@ class Queued:
         """Labels, of which the rest's are ignored. Where they are shifted, each still follows the token it belongs to."""
         if shifted:
             labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
-        found = self.packed(labels).masked_fill_(self.place >= self.ends[-1], IGNORED)
+        found = self.packed(labels).masked_fill_(self.number > self.ends[-1], IGNORED)
         return F.pad(found[:-1], (1, 0), value=IGNORED) if shifted else found
 
     def read(self) -> Batch:
         """The one place where the host waits for the device."""
-        tokens, longest, texts, first, pieces, *stray = self._numbers.tolist()
-        return Batch(self.source, self.shape, tokens, longest, texts, first, pieces, bool(stray and stray[0]))
+        found, rows = self._numbers.tolist(), self.shape[0]
+        lengths = [end - begin for begin, end in zip([0, *found], found[:rows], strict=False)]
+        texts, (begins, later, *stray) = sum(length > 0 for length in lengths), found[rows:]
+        return Batch(self.source, self.shape, sum(lengths), max(lengths), texts, begins, begins + later, any(stray))
 
 
 @dataclass(frozen=True)
@@ -361,10 +357,10 @@ class PaddingFreeForward(Wrapping):
             found["labels"] = queued.packed_labels(given["labels"].to(device), settings["shifted"])
         # Where texts begin: those of the batch, the rest in pieces, as attention grows with the square of a length, and of no
         # tokens as many as make up the number.
-        pieces = -(-step(queued.place.shape[0], settings["lengths"]) // _LONGEST_PIECE)
+        pieces = -(-step(queued.number.shape[0], settings["lengths"]) // _LONGEST_PIECE)
         self._sequences = max(self._sequences, queued.shape[0] + pieces)
-        rest = torch.arange(1, self._sequences - queued.shape[0] + 1, device=device) * _LONGEST_PIECE
-        found[_OFFSETS] = torch.cat([queued.ends, queued.ends[-1] + rest]).int()
+        rest = torch.arange(0, _LONGEST_PIECE * (self._sequences - queued.shape[0]) + 1, _LONGEST_PIECE, device=device)
+        found[_OFFSETS] = F.pad(torch.cat([queued.ends[:-1], queued.ends[-1] + rest]).int(), (1, 0))
         # Attention is told by the offsets. One that does not read them must not go unnoticed: it gets numbers that are none.
         found["attention_mask"] = torch.full((1, 1, 1, 1), float("nan"), device=device)
         return found
