@@ -10,7 +10,8 @@ What a graph reads and writes lies at fixed addresses, so the care that others l
 - What a forward keeps for its backward lies in the graphs' own memory, which all shapes of a module share. While a forward
   waits for its backward, another call runs as it did before, uncaptured; a second backward through one forward is an error.
 - Parameters are read where they lie, so an optimizer's update in place is seen. If one lies elsewhere than when the graphs were
-  captured, or a number or a flag on a part of the module is another (the probability of a dropout), they are captured again.
+  captured, or a part of the module is another, or a number or a flag on one (the probability of a dropout), they are captured
+  again.
 
 Random numbers go on from replay to replay: torch's generator gives a graph its offset when it is replayed.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any, cast
 
 import torch
@@ -178,7 +180,7 @@ class Captured:
         gradients: of both, in this order.
         read: every tensor of the module: the dictionary and the name it is held by, the tensor, its address, whether it gets
             a gradient.
-        settings: every number and flag on a part of the module: the dictionary and the name it is held by, and its value.
+        settings: every part of the module, and every number and flag on one: the dictionary and the name it is held by, and it.
         generation: of torch's generator, see :func:`_release_generator`.
     """
 
@@ -207,18 +209,20 @@ class Captured:
             holder.get(name) is tensor and tensor.data_ptr() == where and tensor.requires_grad == wanted
             for holder, name, tensor, where, wanted in self.read
         )
-        same = same and all(holder.get(name) == value for holder, name, value in self.settings)
+        same = same and all(
+            (now := holder.get(name)) is value or (type(now) is type(value) and isinstance(now, Number) and now == value)
+            for holder, name, value in self.settings
+        )
         return same and self.generation == _generation[0]
 
 
 def settings_of(module: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
-    """Where numbers and flags of a module's parts are held, and what they are now."""
-    return [
-        (part.__dict__, name, value)
-        for part in module.modules()
-        for name, value in part.__dict__.items()
-        if isinstance(value, (bool, int, float))
-    ]
+    """Where a module's parts, and numbers and flags on them, are held, and what they are now."""
+    found: list[tuple[dict[str, Any], str, Any]] = []
+    for part in module.modules():
+        found += ((part._modules, name, child) for name, child in part._modules.items())
+        found += ((part.__dict__, name, x) for name, x in part.__dict__.items() if isinstance(x, (bool, int, float)))
+    return found
 
 
 class Pair:

@@ -107,6 +107,13 @@ def test_what_a_graph_has_read_is_compared_before_a_replay() -> None:
     module.second.eval()
     assert not captured.is_current
     module.train()
+    module.dropout.p = torch.tensor([0.5, 0.5])  # type: ignore[assignment]
+    assert not captured.is_current
+    module.dropout.p = 0.5
+    second, module.second = module.second, nn.Linear(32, 16)
+    assert not captured.is_current
+    module.second = second
+    assert captured.is_current
     module.first.weight.requires_grad_(False)
     assert not captured.is_current
     module.first.weight.requires_grad_(True)
