@@ -194,17 +194,13 @@ def run(
             q, k, v, bias, wanted, dropout, causal, scale=scale
         )[0]
         return out
-    of_keys = mask is not None and is_of_keys(mask, k)
-    return attention(
-        q,
-        k,
-        v,
-        scale=scale,
-        causal=causal,
-        key_mask=mask[:, 0, 0] if mask is not None and of_keys else None,
-        mask=None if of_keys else mask,
-        dropout=dropout,
-    )
+    seen = None
+    if mask is not None and is_of_keys(mask, k):
+        seen, mask = mask[:, 0, 0], None
+    elif mask is not None and mask.shape[0] == k.shape[0] and mask.shape[1] == 1:
+        # transformers makes pairs of padding. Keys that no query sees are padding, and are skipped.
+        seen = mask[:, 0].any(1)
+    return attention(q, k, v, scale=scale, causal=causal, key_mask=seen, mask=mask, dropout=dropout)
 
 
 def run_masked(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from oslo_fusion.aot.backend import keep_random_numbers
 from oslo_fusion.errors import ConfigError
+from oslo_fusion.ops import attention_backends
 from oslo_fusion.ops.attention import attention
 from oslo_fusion.ops.attention_backends import (
     BACKENDS,
@@ -85,6 +86,23 @@ def test_a_mask_of_keys_is_seen_as_one() -> None:
     assert not is_of_keys(row.expand(2, 1, 5, 9).contiguous(), k)
     assert not is_of_keys(row[:1].expand(1, 1, 5, 9), k), "one text's for all is a mask of pairs"
     assert not is_of_keys(row.expand(2, 4, 5, 9), k)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_in_a_mask_of_pairs_is_found(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(2, 4, 9, 8) for _ in range(3))
+    keys = torch.arange(9) < torch.tensor([[6], [9]])
+    pairs = keys[:, None, None, :].expand(2, 1, 9, 9).contiguous()
+    if causal:
+        pairs = pairs & torch.ones(9, 9, dtype=torch.bool).tril()
+    given: list[Any] = []
+    real = attention_backends.attention
+    monkeypatch.setattr(attention_backends, "attention", lambda *a, **k: given.append(k["key_mask"]) or real(*a, **k))
+    ours = run(OURS, q, k, v, scale=0.3, mask=pairs)
+    torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v, pairs, scale=0.3))
+    assert torch.equal(given[0], keys)
+    run(OURS, q, k, v, scale=0.3, mask=pairs.expand(2, 4, 9, 9))
+    assert given[1] is None, "heads may see different keys"
 
 
 def on_meta(samples: int = 2, heads: int = 4, kv_heads: int = 2, tokens: int = 21, dim: int = 44) -> list[Tensor]:
