@@ -356,39 +356,197 @@ def _scores(
 
 
 @triton.jit
-def _kept(q0, k0, key, threshold, QUERIES: tl.constexpr, KEYS: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """Which elements of a tile stay; ``q0`` and ``k0`` are multiples of 16."""
-    ROWS: tl.constexpr = KEYS if KEYS_FIRST else QUERIES
-    COLS: tl.constexpr = QUERIES if KEYS_FIRST else KEYS
-    rows = tl.arange(0, ROWS // 2)[:, None]
-    cols = tl.arange(0, COLS // 2)[None, :]
-    if KEYS_FIRST:
-        k_half, q_half = k0 // 2 + rows, q0 // 2 + cols
-    else:
-        k_half, q_half = k0 // 2 + cols, q0 // 2 + rows
-    zero = tl.zeros((ROWS // 2, COLS // 2), dtype=tl.uint32)
-    x, y = philox(k_half.to(tl.uint32) + zero, q_half.to(tl.uint32) + zero, key, 7)
-    # Bit 3 of the key's number chooses the word, that of the query's the half.
-    near, far = (x & 0xFFFF).to(tl.int32), (x >> 16).to(tl.int32)
-    near_next, far_next = (y & 0xFFFF).to(tl.int32), (y >> 16).to(tl.int32)
-    if KEYS_FIRST:
-        first, second = tl.join(near, far), tl.join(near_next, far_next)
-    else:
-        first, second = tl.join(near, near_next), tl.join(far, far_next)
-    bits = tl.join(first, second)  # [rows / 2, cols / 2, bit of the column, bit of the row]
-    bits = tl.reshape(bits, (ROWS // 16, 8, COLS // 16, 8, 2, 2))
-    bits = tl.reshape(tl.permute(bits, (0, 5, 1, 2, 4, 3)), (ROWS, COLS))
-    return bits < threshold
+def _kept_base(kept_ptr, batch, head, first, kept_batch, kept_head, PACKED: tl.constexpr):
+    """Where the words of a sequence's head begin: see :func:`new_kept`."""
+    offset = batch.to(tl.int64) * kept_batch + head.to(tl.int64) * kept_head
+    if PACKED:
+        offset += (first // 64 + batch).to(tl.int64) * 128
+    return kept_ptr + offset
 
 
 @triton.jit
-def _kept_anywhere(q, k, key, threshold):
-    """As :func:`_kept`, for tiles that begin anywhere: a draw per element."""
-    zero = (q * 0 + k * 0).to(tl.uint32)
-    x, y = philox(((k >> 4 << 3) | (k & 7)).to(tl.uint32) + zero, ((q >> 4 << 3) | (q & 7)).to(tl.uint32) + zero, key, 7)
-    word = tl.where((k & 8) != 0, y, x)
-    bits = tl.where((q & 8) != 0, word >> 16, word & 0xFFFF).to(tl.int32)
-    return bits < threshold
+def _kept_places(base, q0, k0, kept_keys, queries, keys, lane, SPAN: tl.constexpr):
+    """Pointers to the words, or the parts of words for ``SPAN`` keys, of blocks of 16 queries and 64 keys.
+
+    ``queries``, ``keys``: first ones of blocks, in the tile. ``lane``: of the 32 words of a block.
+    """
+    words = ((k0 + keys) // 64).to(tl.int64) * kept_keys + (q0 + queries) * 2 + lane
+    if SPAN == 64:
+        places = base + words
+    elif SPAN == 32:
+        places = base.to(tl.pointer_type(tl.int16)) + words * 2 + (k0 + keys) % 64 // 32
+    else:
+        places = base.to(tl.pointer_type(tl.int8)) + words * 4 + (k0 + keys) % 64 // 16
+    return places
+
+
+@triton.jit
+def _look_up_word(places, wanted, ASM: tl.constexpr):
+    KIND: tl.constexpr = places.dtype.element_ty
+    wanted = tl.where(wanted, 1, 0)
+    if ASM <= 0:
+        result = tl.load(places, mask=(places.to(tl.int64) != 0) & (wanted != 0), other=0).to(tl.int32)
+    elif KIND == tl.int32:
+        result = tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.u32 p, $2, 0; mov.u32 $0, 0; @p ld.global.nc.u32 $0, [$1];}",
+            "=r,l,r",
+            [places.to(tl.int64), wanted],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    elif KIND == tl.int16:
+        result = tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.u32 p, $2, 0; mov.u32 $0, 0; @p ld.global.nc.u16 $0, [$1];}",
+            "=r,l,r",
+            [places.to(tl.int64), wanted],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        result = tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.u32 p, $2, 0; mov.u32 $0, 0; @p ld.global.nc.u8 $0, [$1];}",
+            "=r,l,r",
+            [places.to(tl.int64), wanted],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return result
+
+
+@triton.jit
+def _write_word(places, words, wanted, ASM: tl.constexpr):
+    if ASM > 0:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.u32 p, $3, 0; mov.u32 $0, 0; @p st.global.b32 [$1], $2;}",
+            "=r,l,r,r",
+            [places.to(tl.int64), words, wanted.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(places, words.to(places.dtype.element_ty), mask=wanted)
+
+
+@triton.jit
+def _draw_kept(q0, k0, key, threshold, QUERIES: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr):
+    """Which elements of a tile stay, as words; ``q0`` and ``k0`` are multiples of 16."""
+    block = tl.arange(0, QUERIES // 16)[:, None, None, None] * 8
+    row = tl.arange(0, 8)[None, :, None, None]
+    span = tl.arange(0, KEYS // SPAN)[None, None, :, None] * (SPAN // 2)
+    pair = tl.arange(0, 4)[None, None, None, :] * 2
+    zero = tl.zeros((QUERIES // 16, 8, KEYS // SPAN, 4), dtype=tl.uint32)
+    threshold = threshold.to(tl.uint32)
+    q_half = (q0 // 2 + block + row).to(tl.uint32) + zero
+    k_half = (k0 // 2 + span + pair).to(tl.uint32) + zero
+    low, high = zero, zero
+    bit = tl.full((), 65536, tl.uint32)
+    for sixteen in tl.static_range(SPAN // 16):
+        for parity in tl.static_range(2):
+            x, y = philox(k_half + (sixteen * 8 + parity), q_half, key, 7)
+            found = ((x & 0xFFFF) - threshold) & (bit << (sixteen % 2 * 8 + parity * 2))
+            found |= ((x >> 16) - threshold) & (bit << (sixteen % 2 * 8 + parity * 2 + 1))
+            found |= ((y & 0xFFFF) - threshold) & (bit << (sixteen % 2 * 8 + parity * 2 + 4))
+            found |= ((y >> 16) - threshold) & (bit << (sixteen % 2 * 8 + parity * 2 + 5))
+            if sixteen < 2:
+                low |= found
+            else:
+                high |= found
+    words = high | (low >> 16)
+    return words.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _write_kept(words, base, q0, k0, kept_keys, wanted, QUERIES: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr, ASM: tl.constexpr):
+    block = tl.arange(0, QUERIES // 16)[:, None, None, None] * 16
+    lane = tl.arange(0, 8)[None, :, None, None] + tl.arange(0, 4)[None, None, None, :] * 8
+    span = tl.arange(0, KEYS // SPAN)[None, None, :, None] * SPAN
+    places = _kept_places(base, q0, k0, kept_keys, block, span, lane, SPAN)
+    _write_word(places, words, (q0 + block < wanted) & (lane >= 0) & (span >= 0), ASM)
+
+
+@triton.jit
+def _kept_of(words, QUERIES: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr):
+    eight = tl.arange(0, SPAN // 8)[None, None, None, None, :, None, None]
+    parity = tl.arange(0, 2)[None, None, None, None, None, None, :]
+    half = tl.arange(0, 2)[None, :, None, None, None, None, None]
+    words = words[:, None, :, :, None, :, None]
+    bits = (1 << (eight * 4 + parity * 2 + half))
+    zero = words * 0 + bits * 0
+    return tl.reshape(words + zero, (QUERIES, KEYS)), tl.reshape(bits + zero, (QUERIES, KEYS))
+
+
+@triton.jit
+def _drop(x, words, bits, ASM: tl.constexpr):
+    if ASM > 0:
+        result = tl.inline_asm_elementwise(
+            "{.reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.u32 p, t, 0; selp.f32 $0, $1, 0f00000000, p;}",
+            "=f,f,r,r",
+            [x, words, bits],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        result = tl.where((words & bits) != 0, x, 0.0)
+    return result
+
+
+@triton.jit
+def _read_kept(
+    base,
+    q0,
+    k0,
+    kept_keys,
+    wanted,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Which elements of a tile stay, as the forward wrote it down."""
+    SPAN: tl.constexpr = KEYS if KEYS < 64 else 64
+    if KEYS_FIRST:
+        span = tl.arange(0, KEYS // SPAN)[:, None, None, None, None, None, None, None] * 64
+        sixteen = tl.arange(0, SPAN // 16)[None, :, None, None, None, None, None, None]
+        eight = tl.arange(0, 2)[None, None, :, None, None, None, None, None]
+        pair = tl.arange(0, 4)[None, None, None, :, None, None, None, None]
+        parity = tl.arange(0, 2)[None, None, None, None, :, None, None, None]
+        block = tl.arange(0, QUERIES // 16)[None, None, None, None, None, :, None, None] * 16
+        half = tl.arange(0, 2)[None, None, None, None, None, None, :, None]
+        row = tl.arange(0, 8)[None, None, None, None, None, None, None, :]
+        words = _look_up_word(_kept_places(base, q0, k0, kept_keys, block, span, pair * 8 + row, SPAN), wanted, ASM)
+        # What differs between threads first: the rest is tested with numbers that are known when it is compiled.
+        words = (words.to(tl.uint32) >> (sixteen * 8 + parity * 2).to(tl.uint32)).to(tl.int32)
+        bits = 1 << (eight * 4 + half)
+        zero = words * 0 + bits * 0
+        words = tl.reshape(words + zero, (KEYS, QUERIES))
+        bits = tl.reshape(bits + zero, (KEYS, QUERIES))
+    else:
+        block = tl.arange(0, QUERIES // 16)[:, None, None, None, None, None, None] * 16
+        half = tl.arange(0, 2)[None, :, None, None, None, None, None]
+        row = tl.arange(0, 8)[None, None, :, None, None, None, None]
+        span = tl.arange(0, KEYS // SPAN)[None, None, None, :, None, None, None] * 64
+        eight = tl.arange(0, SPAN // 8)[None, None, None, None, :, None, None]
+        pair = tl.arange(0, 4)[None, None, None, None, None, :, None]
+        parity = tl.arange(0, 2)[None, None, None, None, None, None, :]
+        words = _look_up_word(_kept_places(base, q0, k0, kept_keys, block, span, pair * 8 + row, SPAN), wanted, ASM)
+        bits = 1 << (eight * 4 + parity * 2 + half)
+        zero = words * 0 + bits * 0
+        words = tl.reshape(words + zero, (QUERIES, KEYS))
+        bits = tl.reshape(bits + zero, (QUERIES, KEYS))
+    return words, bits
+
+
+@triton.jit
+def _read_kept_anywhere(base, q, k, kept_keys, wanted):
+    """As :func:`_read_kept`, for tiles that begin anywhere: a byte per element."""
+    words = (k // 64).to(tl.int64) * kept_keys + q // 16 * 32 + k % 8 // 2 * 8 + q % 8
+    byte = tl.load(base.to(tl.pointer_type(tl.int8)) + words * 4 + k % 64 // 16, mask=wanted, other=0).to(tl.int32)
+    return (byte & (1 << (k % 16 // 8 * 4 + k % 2 * 2 + q % 16 // 8))) != 0
 
 
 @triton.jit
@@ -487,6 +645,9 @@ _NUMBERS = [
     "pairs_query",
     "sum_batch",
     "sum_head",
+    "kept_batch",
+    "kept_head",
+    "kept_keys",
     "q_batch",
     "q_head",
     "q_token",
@@ -510,6 +671,7 @@ def _attention_fwd_kernel(
     out_ptr,
     sums_ptr,
     rest_ptr,
+    kept_ptr,
     distances_ptr,
     slopes_ptr,
     mask_ptr,
@@ -537,6 +699,9 @@ def _attention_fwd_kernel(
     pairs_query,
     sum_batch,
     sum_head,
+    kept_batch,
+    kept_head,
+    kept_keys,
     q_batch,
     q_head,
     q_token,
@@ -563,6 +728,7 @@ def _attention_fwd_kernel(
     DROPOUT: tl.constexpr,
     FOLD: tl.constexpr,
     REST: tl.constexpr,
+    KEEP: tl.constexpr,
     ASM: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -596,6 +762,10 @@ def _attention_fwd_kernel(
         pairs_ptr += batch.to(tl.int64) * pairs_batch + head.to(tl.int64) * pairs_head
     if DROPOUT:
         key = random_key(rng_ptr, number)
+    if KEEP:
+        kept_ptr = _kept_base(kept_ptr, batch, head, first_query, kept_batch, kept_head, PACKED)
+        if PACKED:
+            end = tl.minimum(end, kept_head // kept_keys * 64)
 
     low, high = begin, end
     if HAS_LEFT:
@@ -662,7 +832,11 @@ def _attention_fwd_kernel(
             shrink = _power(top - zero, NATURAL)
         total = total * shrink + tl.sum(p, axis=1)
         if DROPOUT:
-            p = tl.where(_kept(q0, k0, key, threshold, QUERIES, KEYS, False), p, 0.0)
+            words = _draw_kept(q0, k0, key, threshold, QUERIES, KEYS, KEYS if KEYS < 64 else 64)
+            wide, bits = _kept_of(words, QUERIES, KEYS, KEYS if KEYS < 64 else 64)
+            p = _drop(p, wide, bits, ASM)
+            if KEEP:
+                _write_kept(words, kept_ptr, q0, k0, kept_keys, (queries + 63) // 64 * 64, QUERIES, KEYS, KEYS if KEYS < 64 else 64, ASM)
         v_mask = inside[:, None] if DIM == WIDTH else inside[:, None] & (dims < DIM)[None, :]
         v = tl.load(v_ptrs + k0 * v_step, mask=v_mask, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
@@ -761,7 +935,7 @@ def _attention_dkdv_kernel(
     range_ptr,
     q_offsets_ptr,
     k_offsets_ptr,
-    rng_ptr,
+    kept_ptr,
     natural,
     scale,
     inverse,
@@ -782,6 +956,9 @@ def _attention_dkdv_kernel(
     pairs_query,
     sum_batch,
     sum_head,
+    kept_batch,
+    kept_head,
+    kept_keys,
     q_batch,
     q_head,
     q_token,
@@ -849,7 +1026,7 @@ def _attention_dkdv_kernel(
     dk = tl.zeros((KEYS, WIDTH), dtype=tl.float32)
     dv = tl.zeros((KEYS, WIDTH), dtype=tl.float32)
     all_dk, all_dv = dk, dv
-    slope, key = 0.0, tl.full((), 0, tl.uint32)
+    slope, kept_base = 0.0, kept_ptr
     for member in range(0, groups):
         head = kv_head * groups + member
         q_base = _base(q_ptr, batch, head, first_query, q_batch, q_head, q_token, UNIT)
@@ -864,7 +1041,7 @@ def _attention_dkdv_kernel(
         if HAS_PAIRS:
             head_pairs_ptr = pairs_ptr + batch.to(tl.int64) * pairs_batch + head.to(tl.int64) * pairs_head
         if DROPOUT:
-            key = random_key(rng_ptr, batch * heads + head)
+            kept_base = _kept_base(kept_ptr, batch, head, first_query, kept_batch, kept_head, PACKED)
         q_step = q_token.to(tl.int64) * UNIT
         q_ptrs = q_base + cols[:, None] * q_step + dims[None, :]
         g_step = g_token.to(tl.int64) * UNIT
@@ -919,12 +1096,13 @@ def _attention_dkdv_kernel(
             dout = tl.load(g_ptrs + q0 * g_step, mask=q_mask, other=0.0)
             dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
             if DROPOUT:
-                kept = _kept(q0, k0, key, threshold, QUERIES, KEYS, True)
-                dv = tl.dot(tl.where(kept, p * inverse, 0.0).to(dout.dtype), dout, dv, input_precision="ieee")
-                dp = tl.where(kept, dp * inverse, 0.0)
+                words, bits = _read_kept(kept_base, q0, k0, kept_keys, True, QUERIES, KEYS, True, ASM)
+                dropped = _drop(p, words, bits, ASM)
+                dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision="ieee")
+                ds = dropped * dp - p * delta[None, :]
             else:
                 dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-            ds = p * (dp - delta[None, :])
+                ds = p * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
         if APART:
             all_dk += dk
@@ -961,7 +1139,7 @@ def _attention_dq_kernel(
     range_ptr,
     q_offsets_ptr,
     k_offsets_ptr,
-    rng_ptr,
+    kept_ptr,
     natural,
     scale,
     inverse,
@@ -982,6 +1160,9 @@ def _attention_dq_kernel(
     pairs_query,
     sum_batch,
     sum_head,
+    kept_batch,
+    kept_head,
+    kept_keys,
     q_batch,
     q_head,
     q_token,
@@ -1048,7 +1229,7 @@ def _attention_dq_kernel(
         delta = tl.zeros((QUERIES,), dtype=tl.float32)
     else:
         delta = tl.load(delta_ptr + sum_offset + q0 + rows, mask=inside, other=0.0)
-    slope, key = 0.0, tl.full((), 0, tl.uint32)
+    slope = 0.0
     if HAS_TABLE:
         distances_ptr += head.to(tl.int64) * (4 * reach + 4)
     if HAS_SLOPES:
@@ -1058,7 +1239,7 @@ def _attention_dq_kernel(
     if HAS_PAIRS:
         pairs_ptr += batch.to(tl.int64) * pairs_batch + head.to(tl.int64) * pairs_head
     if DROPOUT:
-        key = random_key(rng_ptr, number)
+        kept_ptr = _kept_base(kept_ptr, batch, head, first_query, kept_batch, kept_head, PACKED)
 
     low, high = begin, end
     if HAS_LEFT:
@@ -1119,11 +1300,14 @@ def _attention_dq_kernel(
         v = tl.load(v_ptrs + k0 * v_step, mask=k_mask, other=0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         if DROPOUT:
-            dp = tl.where(_kept(q0, k0, key, threshold, QUERIES, KEYS, False), dp * inverse, 0.0)
+            words, bits = _read_kept(kept_ptr, q0, k0, kept_keys, True, QUERIES, KEYS, False, ASM)
         if DELTA:
             delta += tl.sum(p * dp, axis=1)
             whole += tl.sum(p, axis=1)
-        ds = p * (dp - delta[:, None])
+        if DROPOUT:
+            ds = _drop(p, words, bits, ASM) * dp - p * delta[:, None]
+        else:
+            ds = p * (dp - delta[:, None])
         if TABLE_GRADIENT:
             if k0 + KEYS <= near_first:
                 far_left += tl.sum(ds, axis=1)
@@ -1163,7 +1347,7 @@ def _attention_dtable_kernel(
     range_ptr,
     q_offsets_ptr,
     k_offsets_ptr,
-    rng_ptr,
+    kept_ptr,
     natural,
     scale,
     inverse,
@@ -1184,6 +1368,9 @@ def _attention_dtable_kernel(
     pairs_query,
     sum_batch,
     sum_head,
+    kept_batch,
+    kept_head,
+    kept_keys,
     q_batch,
     q_head,
     q_token,
@@ -1296,11 +1483,16 @@ def _attention_dtable_kernel(
         delta = tl.load(delta_ptr + sum_offset + q0 + rows, mask=inside, other=0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         if DROPOUT:
-            key = random_key(rng_ptr, batch * heads + head)
+            # Of tiles without a key that is seen nothing was written down.
+            kept_base = _kept_base(kept_ptr, batch, head, first_query, kept_batch, kept_head, PACKED)
+            wanted = (q0 < sequence) & (k0 < end) & (k0 + KEYS > begin)
+            if HAS_LEFT:
+                wanted = wanted & (k0 + KEYS > q0 + shift - left)
             if ALIGNED:
-                kept = _kept(q0, k0, key, threshold, QUERIES, KEYS, False)
+                kept = _read_kept(kept_base, q0, k0, kept_keys, wanted, QUERIES, KEYS, False, ASM)
             else:
-                kept = _kept_anywhere(q0 + rows[:, None], k0 + cols[None, :], key, threshold)
+                wanted = (wanted & inside)[:, None] & k_inside[None, :]
+                kept = _read_kept_anywhere(kept_base, q0 + rows[:, None], k0 + cols[None, :], kept_keys, wanted)
             dp = tl.where(kept, dp * inverse, 0.0)
         total += p * (dp - delta[:, None])
     number = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * parts + part
