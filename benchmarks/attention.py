@@ -302,7 +302,7 @@ def sweep(name: str, case: AttentionCase, dtype: torch.dtype, device: torch.devi
     options = case.options(device)
     leaves = [leaf.requires_grad_() for leaf in leaves]
     arguments = op.prepare(*leaves[:3], bias_table=leaves[3] if case.table else None, **options)
-    out, sums, rest = kernels.launch_attention(*arguments)
+    out, *state = kernels.launch_attention(*arguments)
     g = drawer(dtype, device, 1)(*out.shape)
 
     class Cut(torch.autograd.Function):
@@ -344,7 +344,7 @@ def sweep(name: str, case: AttentionCase, dtype: torch.dtype, device: torch.devi
                 calls[label] = lambda _, blocks=blocks: kernels.launch_attention(*arguments, blocks=blocks)
             else:
                 calls[label] = lambda _, blocks=blocks: kernels.launch_attention_backward(
-                    g, *arguments[:3], out, sums, rest, *arguments[3:], bool(case.table), blocks=blocks
+                    g, *arguments[:3], out, *state, *arguments[3:], bool(case.table), blocks=blocks
                 )
         times = device_times(calls, BURST, TURNS)
         amount = operations(case) * (1.0 if kernel == "forward" else 2.5)

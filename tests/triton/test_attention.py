@@ -318,13 +318,13 @@ def test_what_is_rounded_away_makes_the_gradient_exact_where_keys_are_alike(devi
     assert op.prepare(q.clone().requires_grad_(), k, v)[-1], "a call with a gradient keeps it"
     assert not op.prepare(q, k, v)[-1]
     arguments = (*op.prepare(q, k, v, causal=True, scale=0.05)[:-1], True)
-    out, sums, rest = kernels.launch_attention(*arguments)
+    out, sums, rest, kept = kernels.launch_attention(*arguments)
     assert rest.dtype == out.dtype
     wide = [x.detach().double() for x in (q, k, v)]
-    truth, *_ = op.attention_backward_reference(dout.double(), *wide, out, sums, rest, *arguments[3:], False)
+    truth, *_ = op.attention_backward_reference(dout.double(), *wide, out, sums, rest, kept, *arguments[3:], False)
     errors = []
-    for kept in (rest, rest.new_empty(0)):
-        dq, *_ = kernels.launch_attention_backward(dout, *arguments[:3], out, sums, kept, *arguments[3:], False)
+    for given in (rest, rest.new_empty(0)):
+        dq, *_ = kernels.launch_attention_backward(dout, *arguments[:3], out, sums, given, kept, *arguments[3:], False)
         errors.append((dq.double() - truth).norm() / truth.norm())
     assert errors[0] < errors[1] / 3, errors
 
@@ -335,7 +335,10 @@ def test_launchers_check_first(device: torch.device) -> None:
         kernels.launch_attention(*op.prepare(q, *(torch.zeros(1, 3, 5, 8, device=device),) * 2))
     arguments = op.prepare(q, q, q, dropout=-0.5)
     with pytest.raises(ConfigError, match=r"dropout: received -0\.5"):
-        kernels.launch_attention_backward(q, *arguments[:3], q, q[..., 0], q.new_empty(0), *arguments[3:], False)
+        kernels.launch_attention_backward(q, *arguments[:3], q, q[..., 0], *(q.new_empty(0),) * 2, *arguments[3:], False)
+    arguments = op.prepare(q, q, q, dropout=0.5)
+    with pytest.raises(ConfigError, match=r"kept: received shape \[0\].*\[1, 2, 1, 1, 128\].*keep=True in the forward"):
+        kernels.launch_attention_backward(q, *arguments[:3], q, q[..., 0], *(q.new_empty(0),) * 2, *arguments[3:], False)
 
 
 def test_what_is_far() -> None:
@@ -380,6 +383,7 @@ POINTERS = {
     "q_offsets_ptr": "*i32",
     "k_offsets_ptr": "*i32",
     "rng_ptr": "*i64",
+    "kept_ptr": "*i32",
     "buckets_ptr": "*i32",
 }
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536, "gfx950": 163_840}
@@ -394,6 +398,7 @@ PLAIN: dict[str, Any] = {
     "HAS_RIGHT": False,
     "DROPOUT": False,
     "REST": False,
+    "KEEP": False,
     "TABLE_GRADIENT": False,
     "DELTA": False,
     "APART": False,
@@ -405,7 +410,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "everything": {
         name: 2 if name == "RANGE" else True for name in PLAIN if name not in ("HAS_SLOPES", "ALIGNED", "DELTA", "APART")
     },
-    "ALiBi, dropout": {"HAS_SLOPES": True, "DROPOUT": True},
+    "ALiBi, dropout": {"HAS_SLOPES": True, "DROPOUT": True, "KEEP": True},
     "T5, padded": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "HAS_PAIRS": True},
     "sums": {"DELTA": True, "HAS_RIGHT": True},
     "grouped": {"APART": True, "HAS_RIGHT": True},
@@ -420,6 +425,7 @@ NEEDED = {
     "k_offsets_ptr": "PACKED",
     "rng_ptr": "DROPOUT",
     "rest_ptr": "REST",
+    "kept_ptr": "DROPOUT",
     "far_ptr": "TABLE_GRADIENT",
 }
 
@@ -433,7 +439,7 @@ def compiled(kernel: Any, kind: str, dtype: str, dim: int, tile: AttentionBlocks
     constants |= {"QUERIES": tile.queries, "KEYS": tile.keys, "STAGES": tile.stages}
     constants |= {pointer: None for pointer, flag in NEEDED.items() if not flags[flag]}
     names = kernel.arg_names
-    floats = ("scale", "inverse", "natural")
+    floats = ("scale", "inverse", "natural", "factor")
     signature = {
         name: POINTERS.get(name, f"*{dtype}") if name.endswith("_ptr") else "fp32" if name in floats else "i32"
         for name in names
@@ -491,7 +497,7 @@ def test_other_kernels_compile_for_every_target(compile_for_all_targets: Callabl
     strides = dict.fromkeys(("o_batch", "o_head", "o_token", "g_batch", "g_head", "g_token"), "i32")
     numbers = dict.fromkeys(("heads", "queries", "blocks", "sum_batch", "sum_head"), "i32") | strides
     pointers = {"out_ptr": "*bf16", "rest_ptr": "*bf16", "dout_ptr": "*bf16", "delta_ptr": "*fp32", "q_offsets_ptr": "*i32"}
-    signature = {**pointers, **numbers}
+    signature = {**pointers, **numbers, "factor": "fp32"}
     constants: dict[str, Any] = {"DIM": 256, "WIDTH": 256, "UNIT": 16, "PACKED": True, "REST": True, "QUERIES": 64}
     compile_for_all_targets(kernels._attention_delta_kernel, signature, constants, spill_allowed=64)
     signature = {
