@@ -471,6 +471,8 @@ def _spread(words, QUERIES: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr
 
     Bit of an element in its word: bits 3 to 5 of the key's number, then bit 0 of it, then bit 3 of the query's.
     """
+    ROWS: tl.constexpr = KEYS if KEYS_FIRST else QUERIES
+    COLS: tl.constexpr = QUERIES if KEYS_FIRST else KEYS
     if KEYS_FIRST:  # words are [keys / SPAN, 4, queries / 16, 8]
         sixteen = tl.arange(0, SPAN // 16)[None, :, None, None, None, None, None, None]
         eight = tl.arange(0, 2)[None, None, :, None, None, None, None, None]
@@ -481,15 +483,11 @@ def _spread(words, QUERIES: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr
         shift = sixteen * 8 + parity * 2
         words = (words.to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)).to(tl.int32, bitcast=True)
         words, bits = tl.broadcast(words, 1 << (eight * 4 + half))
-        ROWS: tl.constexpr = KEYS
-        COLS: tl.constexpr = QUERIES
     else:  # [queries / 16, 8, keys / SPAN, 4]
         half = tl.arange(0, 2)[None, :, None, None, None, None, None]
         eight = tl.arange(0, SPAN // 8)[None, None, None, None, :, None, None]
         parity = tl.arange(0, 2)[None, None, None, None, None, None, :]
         words, bits = tl.broadcast(words[:, None, :, :, None, :, None], 1 << (eight * 4 + parity * 2 + half))
-        ROWS: tl.constexpr = QUERIES
-        COLS: tl.constexpr = KEYS
     return tl.reshape(words, (ROWS, COLS)), tl.reshape(bits, (ROWS, COLS))
 
 
@@ -883,7 +881,18 @@ def _attention_fwd_kernel(
 # --- backward ----------------------------------------------------------------------------------------------------------------
 
 
-_DELTA_NUMBERS = ["factor", "heads", "queries", "blocks", "sum_batch", "sum_head", *_NUMBERS[-3:], "g_batch", "g_head", "g_token"]
+_DELTA_NUMBERS = [
+    "factor",
+    "heads",
+    "queries",
+    "blocks",
+    "sum_batch",
+    "sum_head",
+    *_NUMBERS[-3:],
+    "g_batch",
+    "g_head",
+    "g_token",
+]
 
 
 @triton.jit(do_not_specialize=_DELTA_NUMBERS)
@@ -1113,17 +1122,12 @@ def _attention_dkdv_kernel(
             dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
             dropped = p
             if DROPOUT:
-                words, bits = _read_kept(
-                    kept_base, q0, k0, queries, begin, end, kept_keys, True, QUERIES, KEYS, True, ASM
-                )
+                words, bits = _read_kept(kept_base, q0, k0, queries, begin, end, kept_keys, True, QUERIES, KEYS, True, ASM)
                 dropped = _drop(p * inverse if NATURAL else p, words, bits, ASM)
                 if NATURAL:
                     dp = _drop(dp * inverse, words, bits, ASM)
             dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision="ieee")
-            if DROPOUT and not NATURAL:
-                ds = dropped * dp - p * delta[None, :]
-            else:
-                ds = p * (dp - delta[None, :])
+            ds = dropped * dp - p * delta[None, :] if DROPOUT and not NATURAL else p * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
         if APART:
             all_dk += dk
@@ -1334,10 +1338,8 @@ def _attention_dq_kernel(
         if DELTA:
             delta += tl.sum(p * dp, axis=1)
             whole += tl.sum(p, axis=1)
-        if DROPOUT and not NATURAL:
-            ds = _drop(p, words, bits, ASM) * dp - p * delta[:, None]
-        else:
-            ds = p * (dp - delta[:, None])
+        dropped = _drop(p, words, bits, ASM) if DROPOUT and not NATURAL else p
+        ds = dropped * dp - p * delta[:, None] if DROPOUT and not NATURAL else p * (dp - delta[:, None])
         if TABLE_GRADIENT:
             if k0 + KEYS <= near_first:
                 far_left += tl.sum(ds, axis=1)
@@ -1527,9 +1529,7 @@ def _attention_dtable_kernel(
             if HAS_LEFT:
                 wanted = wanted & (k0 + KEYS > q0 + shift - left)
             if ALIGNED:
-                words, bits = _read_kept(
-                    kept_base, q0, k0, sequence, begin, end, kept_keys, wanted, QUERIES, KEYS, False, ASM
-                )
+                words, bits = _read_kept(kept_base, q0, k0, sequence, begin, end, kept_keys, wanted, QUERIES, KEYS, False, ASM)
             else:
                 wanted = (wanted & inside)[:, None] & k_inside[None, :]
                 words, bits = _read_kept_anywhere(kept_base, q0 + rows[:, None], k0 + cols[None, :], kept_keys, wanted)
