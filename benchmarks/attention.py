@@ -272,9 +272,13 @@ def candidates(case: AttentionCase, dtype: torch.dtype, device: torch.device) ->
     from oslo_fusion.triton.rows import device_facts
 
     shared = device_facts(torch.empty(0, device=device))[1]
+    major = torch.cuda.get_device_capability(device)[0]
+    bare = bool(case.table) and not (
+        case.causal or case.window or case.dropout or case.padding or case.mask_sizes or case.packed
+    )
     chosen, backward = (
-        forward_blocks(case.dim, dtype.itemsize, shared, bool(case.table), torch.cuda.get_device_capability(device)[0]),
-        backward_blocks(case.dim, dtype.itemsize, shared),
+        forward_blocks(case.dim, dtype.itemsize, shared, bool(case.table), major),
+        backward_blocks(case.dim, dtype.itemsize, shared, bare, major),
     )
 
     def tiles(first: Any, rest: list[Tile]) -> list[Tile]:

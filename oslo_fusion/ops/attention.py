@@ -17,7 +17,8 @@ Shapes: ``q`` ``[batch, heads, queries, dim]``, ``k`` and ``v`` ``[batch, kv_hea
 backward: ``[batch, heads, queries]``, packed ``[heads, tokens]``.
 
 Dropout: by the counter of :mod:`oslo_fusion.ops.dropout`, which is query and key, under a key of its own for each batch and
-head.
+head. What it kept goes to the backward as a bit for each element (:func:`new_kept`): 25 MB for 64 sequences of 512 tokens and
+12 heads, where the result has 50. Drawn again in each kernel of the backward it would cost more than a third of its time.
 
 Dtype law: scores, softmax, sums and the gradients between are float32 (float64 for float64); kernels round the probabilities
 and the gradient of the scores to the dtype of ``q`` before their matmuls, as eager code does. What half precision rounds away

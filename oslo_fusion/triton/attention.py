@@ -20,8 +20,9 @@ far is summed by the kernel of ``dq`` on its way, into two numbers. A last kerne
 first and the last true are looked for once, and what is outside of them is never read. Of a mask of queries and keys a byte is
 read for every score, where the score lies.
 
-**Dropout**: see ``ops/attention.py``. One draw serves four elements that are in one thread, whether the tile's rows are queries
-(forward, ``dq``) or keys (``dk``, ``dv``).
+**Dropout**: see ``ops/attention.py``. One draw serves four elements that are in one thread. The forward draws, and writes a bit
+for each element: to draw again would cost each kernel of the backward 9 to 10 instructions an element, to read and test a bit
+costs 2 to 3. In half precision the backward multiplies by the share that is kept after its sums, and tests a bit once.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -120,8 +121,9 @@ def forward_blocks(dim: int, itemsize: int, shared: int, table: bool = False, ma
         return AttentionBlocks(64, 32, 4, 1)
     # One H200, head size 64, 64×64 with 4 warps and 128×64 with 8: T5 0.112 and 0.145 ms, BERT with dropout 0.259 and 0.254.
     # Of 128 registers a thread, instead of 130, four programs run at once and not three; it costs 4 of 463 instructions.
+    # 0.098 ms with two tiles under way, 0.100 with three, 0.108 without the limit, 128×64 with 8 warps 0.105.
     if table and width <= 64 and major == 9:
-        return AttentionBlocks(64, 64, 4, 3, 128)
+        return AttentionBlocks(64, 64, 4, 2, 128)
     if table and width <= 128:
         return AttentionBlocks(64, 64, 4, 3 if width <= 64 else 2)
     if width <= 64:
@@ -132,8 +134,13 @@ def forward_blocks(dim: int, itemsize: int, shared: int, table: bool = False, ma
 
 
 @functools.lru_cache(maxsize=256)
-def backward_blocks(dim: int, itemsize: int, shared: int) -> BackwardBlocks:
-    """How the backward is cut. Arguments: as of :func:`forward_blocks`."""
+def backward_blocks(dim: int, itemsize: int, shared: int, bare: bool = False, major: int = 0) -> BackwardBlocks:
+    """How the backward is cut.
+
+    Args:
+        dim, itemsize, shared, major: as of :func:`forward_blocks`.
+        bare: whether there is T5's bias and nothing else: no dropout, mask, border or packed sequence.
+    """
     width = padded_dim(dim)
     if itemsize == 4:
         small = AttentionBlocks(32, 32, 4, 1) if width <= 64 else AttentionBlocks(16, 16, 4, 1)
@@ -146,6 +153,12 @@ def backward_blocks(dim: int, itemsize: int, shared: int) -> BackwardBlocks:
         # 0.668 ms for the whole backward on one H200, BERT with dropout 1.000 and 0.996.
         # The table's tile with T5's dropout: 0.671, 128×128 with 8 warps 0.694.
         # On sm_80 it would spill 340 to 370, and 32×64 spills 24; not measured.
+        if bare and major == 9 and shared >= 200_000:
+            # So many programs run at once: three, four and three, where there were two, three and two. T5 on one H200, the
+            # whole backward: 0.403 ms by the first (0.412 without), 0.403 by the second (0.411), 0.393 by the third (0.412).
+            # 120, 16 and 8 bytes spill; with dropout 256, 32 and 120, a causal mask 304, 40 and 24: those have no limit.
+            limited = AttentionBlocks(64, 64, 4, 2, 168)
+            return BackwardBlocks(limited, AttentionBlocks(64, 64, 4, 2, 128), limited)
         keys = AttentionBlocks(32 if shared < 200_000 else 64, 64, 4, 2)
         return BackwardBlocks(keys, AttentionBlocks(64, 64, 4, 3), AttentionBlocks(64, 64, 4, 3))
     if width <= 128:
@@ -1828,6 +1841,12 @@ def _folds(q: Tensor, extras: Extras, options: Options) -> bool:
     return options.scale > 1e-3 and _reads_by_instruction(q) < 10
 
 
+def _is_bare(extras: Extras, options: Options) -> bool:
+    """Whether T5's bias is all there is: see :func:`backward_blocks`."""
+    alone = all(x is None for x in extras._replace(table=None, rng=None))
+    return extras.table is not None and alone and not options.dropout and options.left == options.right == UNLIMITED
+
+
 def launch_attention(
     q: Tensor, k: Tensor, v: Tensor, *arguments: Any, blocks: AttentionBlocks | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -1907,7 +1926,8 @@ def launch_attention_backward(
         setup = _set_up(q, k, v, extras, options)
         dout = _dense_dim(dout)
         dim, width = q.shape[-1], padded_dim(q.shape[-1])
-        cut = blocks or backward_blocks(dim, q.element_size(), device_facts(q)[1])
+        major = _reads_by_instruction(q)
+        cut = blocks or backward_blocks(dim, q.element_size(), device_facts(q)[1], _is_bare(extras, options), major)
         delta = torch.empty(logsumexp.shape, dtype=torch.float32, device=q.device)
         inputs = (setup.q, setup.k, setup.v, dout)
         words = kept.contiguous() if options.dropout else None

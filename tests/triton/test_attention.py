@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -329,6 +330,47 @@ def test_what_is_rounded_away_makes_the_gradient_exact_where_keys_are_alike(devi
     assert errors[0] < errors[1] / 3, errors
 
 
+KEPT = ("T5 with dropout", "T5 with dropout, unaligned", "dropout, causal, grouped", "packed with everything")
+
+
+@pytest.mark.usefixtures("poisoned", "small")
+@pytest.mark.parametrize("name", KEPT)
+def test_what_dropout_kept_is_written_as_the_reference_does(name: str, device: torch.device) -> None:
+    """Where a probability is not zero; elsewhere nothing has to be written."""
+    case = ATTENTION_CASES[name]
+    tensors = case.tensors(drawer(torch.float16, device))
+    arguments = op.prepare(*tensors[:3], bias_table=tensors[3] if case.table else None, **case.options(device))
+    arguments = (*arguments[:-1], True)
+    extras, options, _ = op.split(arguments[3:])
+    ours, theirs = kernels.launch_attention(*arguments)[3], op.attention_reference(*arguments)[3]
+    assert ours.shape == theirs.shape
+    for part in op._parts(extras):
+        qs, ks = (
+            op._take(x, tokens, torch.float32, x.dim() == 3)
+            for x, tokens in ((tensors[0], part.queries), (tensors[1], part.keys))
+        )
+        ks = ks.repeat_interleave(qs.shape[1] // ks.shape[1], 1)
+        seen = op.pack_kept(op._probabilities(qs, ks, part.number, extras, options).p > 0)
+        if extras.q_offsets is not None:
+            first = part.queries.start // 64 + part.number
+            both = (x[None, :, : seen.shape[2], first : first + seen.shape[3]] for x in (ours, theirs))
+        else:
+            both = iter((ours, theirs))
+        found, expected = (x & seen for x in both)
+        assert expected.any()
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (64, 64), (70, 130)])
+def test_kept_bits_lie_where_they_are_said_to_lie(shape: tuple[int, int]) -> None:
+    kept = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    words = op.pack_kept(kept)
+    i, j = torch.arange(shape[0])[:, None], torch.arange(shape[1])[None, :]
+    place = i % 64 // 16 * 32 + j % 8 // 2 * 8 + i % 8
+    bit = j % 64 // 8 * 4 + j % 2 * 2 + i % 16 // 8
+    assert torch.equal((words[:, :, j // 64, i // 64, place] >> bit) & 1 == 1, kept)
+
+
 def test_launchers_check_first(device: torch.device) -> None:
     q = torch.zeros(1, 2, 5, 8, device=device)
     with pytest.raises(ConfigError, match="k: received 3 heads"):
@@ -354,6 +396,8 @@ def test_what_is_far() -> None:
 
 def test_tiles_of_the_heuristic() -> None:
     assert [padded_dim(dim) for dim in (1, 16, 17, 80, 96, 128, 256)] == [16, 16, 32, 128, 128, 128, 256]
+    assert backward_blocks(64, 2, SHARED["sm_90"], True, 9).keys.registers == 168
+    assert backward_blocks(64, 2, SHARED["sm_90"], True, 10).keys.registers is None
     assert table_parts(36, 128, 132) == 11
     assert table_parts(36, 2, 132) == 2
     assert table_parts(1000, 128, 132) == 1
@@ -407,6 +451,8 @@ PLAIN: dict[str, Any] = {
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "T5": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "HAS_RIGHT": True, "REST": True},
+    "T5 encoder": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "REST": True},
+    "T5, dropout": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "REST": True, "DROPOUT": True, "KEEP": True},
     "everything": {
         name: 2 if name == "RANGE" else True for name in PLAIN if name not in ("HAS_SLOPES", "ALIGNED", "DELTA", "APART")
     },
@@ -472,24 +518,26 @@ def test_kernels_compile_for_every_target(
             compiled(kernel, kind, dtype, dim, tile, target, compile_for_all_targets)
 
 
-@pytest.mark.parametrize("kind", ["plain", "T5", "T5, padded", "ALiBi, dropout"])
+@pytest.mark.parametrize("kind", ["plain", "T5", "T5 encoder", "T5, dropout", "T5, padded", "ALiBi, dropout"])
 def test_nothing_spills_and_nothing_is_sorted_on_the_way(kind: str, compile_for_all_targets: Callable[..., Any]) -> None:
     """On an H200's kind of GPU at T5's and BERT's head size: bias and random mask are made where they are needed."""
-    backward = backward_blocks(64, 2, SHARED["sm_90"])
+    bare = kind == "T5 encoder"
+    backward = backward_blocks(64, 2, SHARED["sm_90"], bare, 9)
     forward = forward_blocks(64, 2, SHARED["sm_90"], KINDS[kind].get("HAS_TABLE", False), 9)
     for kernel, tile, allowed in (
         (kernels._attention_fwd_kernel, forward, 0),
-        (kernels._attention_dkdv_kernel, backward.keys, 128),  # with ALiBi and dropout; T5 nothing, with a mask of pairs 40
-        (kernels._attention_dq_kernel, backward.queries, 0),
+        (kernels._attention_dkdv_kernel, backward.keys, 128),  # where registers are limited; else up to 40
+        (kernels._attention_dq_kernel, backward.queries, 16 if bare else 0),
     ):
-        plain = compiled(kernel, "plain", "bf16", 64, tile, "sm_90", compile_for_all_targets)
+        free = replace(tile, registers=None) if bare else tile
+        plain = compiled(kernel, "plain", "bf16", 64, free, "sm_90", compile_for_all_targets)
         built = compiled(kernel, kind, "bf16", 64, tile, "sm_90", compile_for_all_targets)
         assert built.spilled <= allowed, f"{kernel.__name__}: {built.registers} registers, {built.spilled} bytes spill"
         assert built.shared <= plain.shared + 2048, "a tile goes through shared memory"
         assert "wgmma.mma_async" in built.assembly
     if KINDS[kind].get("HAS_TABLE"):
         built = compiled(kernels._attention_dtable_kernel, kind, "bf16", 64, backward.table, "sm_90", compile_for_all_targets)
-        allowed = 128 if KINDS[kind].get("HAS_PAIRS") else 0  # 22 of 255 registers, once a tile of 128×128
+        allowed = 128 if KINDS[kind].get("HAS_PAIRS") else 16 if bare else 0  # 22 of 255 registers, once a tile of 128×128
         assert built.spilled <= allowed, f"{built.registers} registers, {built.spilled} bytes spill"
 
 
