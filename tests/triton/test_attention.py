@@ -526,7 +526,7 @@ def test_nothing_spills_and_nothing_is_sorted_on_the_way(kind: str, compile_for_
     forward = forward_blocks(64, 2, SHARED["sm_90"], KINDS[kind].get("HAS_TABLE", False), 9)
     for kernel, tile, allowed in (
         (kernels._attention_fwd_kernel, forward, 0),
-        (kernels._attention_dkdv_kernel, backward.keys, 128),  # where registers are limited; else up to 40
+        (kernels._attention_dkdv_kernel, backward.keys, 160 if bare else 128),  # up to 40 where registers are not limited
         (kernels._attention_dq_kernel, backward.queries, 16 if bare else 0),
     ):
         free = replace(tile, registers=None) if bare else tile
