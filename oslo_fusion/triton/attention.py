@@ -436,7 +436,7 @@ def _write_kept(
     wanted = tl.where(q0 + block < (queries + 63) // 64 * 64, 1, 0) + zero
     if ASM > 0:
         KIND: tl.constexpr = "b32" if SPAN == 64 else "b16" if SPAN == 32 else "b8"
-        ASSEMBLY: tl.constexpr = "{.reg .pred p; setp.ne.u32 p, $3, 0; mov.u32 $0, 0; @p st.global." + KIND + " [$1], $2;}"
+        ASSEMBLY: tl.constexpr = "{.reg .pred p; setp.ne.u32 p, $3, 0; @p st.global." + KIND + " [$1], $2; mov.u32 $0, 0;}"
         tl.inline_asm_elementwise(
             ASSEMBLY, "=r,l,r,r", [places.to(tl.int64), words, wanted], dtype=tl.int32, is_pure=False, pack=1
         )
