@@ -272,9 +272,13 @@ def candidates(case: AttentionCase, dtype: torch.dtype, device: torch.device) ->
     from oslo_fusion.triton.rows import device_facts
 
     shared = device_facts(torch.empty(0, device=device))[1]
+    major = torch.cuda.get_device_capability(device)[0]
+    bare = bool(case.table) and not (
+        case.causal or case.window or case.dropout or case.padding or case.mask_sizes or case.packed
+    )
     chosen, backward = (
-        forward_blocks(case.dim, dtype.itemsize, shared, bool(case.table), torch.cuda.get_device_capability(device)[0]),
-        backward_blocks(case.dim, dtype.itemsize, shared),
+        forward_blocks(case.dim, dtype.itemsize, shared, bool(case.table), major),
+        backward_blocks(case.dim, dtype.itemsize, shared, bare, major),
     )
 
     def tiles(first: Any, rest: list[Tile]) -> list[Tile]:
@@ -302,7 +306,7 @@ def sweep(name: str, case: AttentionCase, dtype: torch.dtype, device: torch.devi
     options = case.options(device)
     leaves = [leaf.requires_grad_() for leaf in leaves]
     arguments = op.prepare(*leaves[:3], bias_table=leaves[3] if case.table else None, **options)
-    out, sums, rest = kernels.launch_attention(*arguments)
+    out, *state = kernels.launch_attention(*arguments)
     g = drawer(dtype, device, 1)(*out.shape)
 
     class Cut(torch.autograd.Function):
@@ -344,7 +348,7 @@ def sweep(name: str, case: AttentionCase, dtype: torch.dtype, device: torch.devi
                 calls[label] = lambda _, blocks=blocks: kernels.launch_attention(*arguments, blocks=blocks)
             else:
                 calls[label] = lambda _, blocks=blocks: kernels.launch_attention_backward(
-                    g, *arguments[:3], out, sums, rest, *arguments[3:], bool(case.table), blocks=blocks
+                    g, *arguments[:3], out, *state, *arguments[3:], bool(case.table), blocks=blocks
                 )
         times = device_times(calls, BURST, TURNS)
         amount = operations(case) * (1.0 if kernel == "forward" else 2.5)

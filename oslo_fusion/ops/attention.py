@@ -17,7 +17,8 @@ Shapes: ``q`` ``[batch, heads, queries, dim]``, ``k`` and ``v`` ``[batch, kv_hea
 backward: ``[batch, heads, queries]``, packed ``[heads, tokens]``.
 
 Dropout: by the counter of :mod:`oslo_fusion.ops.dropout`, which is query and key, under a key of its own for each batch and
-head.
+head. What it kept goes to the backward as a bit for each element (:func:`new_kept`): 25 MB for 64 sequences of 512 tokens and
+12 heads, where the result has 50. Drawn again in each kernel of the backward it would cost more than a third of its time.
 
 Dtype law: scores, softmax, sums and the gradients between are float32 (float64 for float64); kernels round the probabilities
 and the gradient of the scores to the dtype of ``q`` before their matmuls, as eager code does. What half precision rounds away
@@ -80,7 +81,8 @@ class Options(NamedTuple):
         bidirectional, max_distance: of T5's buckets.
         dropout: the probability of an element to be dropped.
         max_queries, max_keys: of the longest sequence; for packed tokens only, else 0.
-        keep_rest: return what was rounded away from the result, for the backward; half precision only.
+        keep: return what the backward needs beside the result: what was rounded away from it (half precision only), and which
+            elements dropout kept.
     """
 
     scale: float
@@ -91,7 +93,7 @@ class Options(NamedTuple):
     dropout: float
     max_queries: int
     max_keys: int
-    keep_rest: bool = False
+    keep: bool = False
 
 
 def _error(name: str, received: object, allowed: str, remedy: str = "") -> ConfigError:
@@ -350,7 +352,50 @@ def new_logsumexp(q: Tensor) -> Tensor:
 
 def new_rest(q: Tensor, options: Options) -> Tensor:
     """An empty tensor for what is rounded away from the result, or one without elements."""
-    return new_like_tokens(q) if options.keep_rest else q.new_empty(0)
+    return new_like_tokens(q) if options.keep and q.dtype in (torch.float16, torch.bfloat16) else q.new_empty(0)
+
+
+def new_kept(q: Tensor, k: Tensor, extras: Extras, options: Options) -> Tensor:
+    """An empty tensor for what dropout kept, a bit for each element of the softmax; without elements where there is none.
+
+    int32 ``[batch, heads, keys / 64, queries / 64, 128]``, rounded up: 25 MB for 64 sequences of 512 tokens and 12 heads.
+    Packed ``[heads, max_keys / 64, tokens / 64 + batch, 128]``: the queries of a sequence begin at block ``first token / 64 +
+    its number``, which no other sequence reaches. For the order of the bits see :func:`pack_kept`.
+    """
+    if not options.keep or not options.dropout:
+        return torch.empty((0,), dtype=torch.int32, device=q.device)
+    return torch.empty(_kept_shape(q, k, extras, options), dtype=torch.int32, device=q.device)
+
+
+def _kept_shape(q: Tensor, k: Tensor, extras: Extras, options: Options) -> tuple[int, ...]:
+    if extras.q_offsets is not None:
+        return q.shape[1], -(-options.max_keys // 64), q.shape[0] // 64 + extras.q_offsets.shape[0] - 1, 128
+    return q.shape[0], q.shape[1], -(-k.shape[2] // 64), -(-q.shape[2] // 64), 128
+
+
+def check_kept(q: Tensor, k: Tensor, kept: Tensor, extras: Extras, options: Options) -> None:
+    """Raise ConfigError where kernels would have to read what the forward did not keep."""
+    if options.dropout and kept.shape != _kept_shape(q, k, extras, options):
+        allowed = f"{list(_kept_shape(q, k, extras, options))}, what the forward has returned"
+        raise _error("kept", f"shape {list(kept.shape)}", allowed, "keep=True in the forward")
+
+
+def pack_kept(kept: Tensor) -> Tensor:
+    """A random mask ``[..., queries, keys]`` as int32 ``[..., keys / 64, queries / 64, 128]``, rounded up with zeros.
+
+    A word has the elements that one thread of a tensor core's result holds, of 16 queries and 64 keys: bits 3 to 5 of the key's
+    number, bit 0 of it, and bit 3 of the query's say which bit. Bits 4 and 5 of the query's number, 1 and 2 of the key's, and 0
+    to 2 of the query's say which of 128 words. So the thread that has drawn them writes them as they are, a thread of ``dq``
+    needs one word of a tile of 64 × 64, and one of ``dk`` and ``dv``, whose rows are keys, four bits of each of eight.
+    """
+    queries, keys = kept.shape[-2:]
+    kept = torch.nn.functional.pad(kept, (0, -keys % 64, 0, -queries % 64))
+    kept = kept.unflatten(-1, (-1, 8, 4, 2)).unflatten(-5, (-1, 4, 2, 8))
+    # [..., queries / 64, block, half, row, keys / 64, eight, pair, parity], 8 to 1 from the end
+    kept = kept.movedim((-4, -8, -7, -2, -5, -3, -1, -6), (-8, -7, -6, -5, -4, -3, -2, -1)).flatten(-3).flatten(-4, -2)
+    # The last bit is the sign.
+    weights = torch.tensor([1 << bit for bit in range(31)] + [-(1 << 31)], device=kept.device)
+    return (kept.long() * weights).sum(-1).to(torch.int32)
 
 
 def attention_reference(
@@ -373,19 +418,21 @@ def attention_reference(
     dropout: float,
     max_queries: int,
     max_keys: int,
-    keep_rest: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The meaning, in plain PyTorch. Arguments: :class:`Extras`, then :class:`Options`.
 
     Returns:
         The attention in the shape of ``q``; the logarithm of each query's sum of exponentials, for the backward: in base 2 for
-        half precision, as kernels compute, else in base e; and what was rounded away from the attention, empty unless kept.
+        half precision, as kernels compute, else in base e; what was rounded away from the attention; and which elements dropout
+        kept (:func:`new_kept`). The last two are without elements unless kept.
     """
     extras = Extras(table, slopes, key_mask, key_lengths, mask, q_offsets, k_offsets, rng)
-    options = Options(scale, left, right, bidirectional, max_distance, dropout, max_queries, max_keys, keep_rest)
+    options = Options(scale, left, right, bidirectional, max_distance, dropout, max_queries, max_keys, keep)
     _check(q, k, v, extras, options)
     packed, wide, groups = q.dim() == 3, wide_dtype(q.dtype), q.shape[1] // k.shape[1]
     out, logsumexp, rest = new_like_tokens(q), new_logsumexp(q), new_rest(q, options)
+    words = new_kept(q, k, extras, options).zero_()
     with torch.autocast(q.device.type, enabled=False):
         for part in _parts(extras):
             qs = _take(q, part.queries, wide, packed)
@@ -397,18 +444,26 @@ def attention_reference(
                 _put(rest, part.queries, wide_out - wide_out.to(out.dtype), packed)
             logs = logs if q.dtype in (torch.float32, torch.float64) else logs / math.log(2.0)
             logsumexp[..., part.queries] = logs[0] if packed else logs
-    return out, logsumexp, rest
+            if words.numel() and kept is not None:
+                found = pack_kept(kept != 0)
+                if packed:
+                    first = (part.queries.start or 0) // 64 + part.number
+                    words[:, : found.shape[2], first : first + found.shape[3]] = found[0]
+                else:
+                    words.copy_(found)
+    return out, logsumexp, rest, words
 
 
 def attention_backward_reference(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, rest: Tensor, *arguments: Any
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, rest: Tensor, kept: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradient, in plain PyTorch.
 
     Args:
         dout: gradient of the attention.
         q, k, v: as in the forward.
-        out, logsumexp, rest: what it returned. Not needed here; kernels compute the probabilities from them.
+        out, logsumexp, rest, kept: what it returned. Not needed here, where the mask is drawn again; kernels compute the
+            probabilities from them.
         arguments: :class:`Extras`, then :class:`Options`, then whether the table's gradient is wanted.
 
     Returns:
@@ -422,10 +477,10 @@ def attention_backward_reference(
     for part in _parts(extras):
         qs, g = (_take(x, part.queries, wide, packed) for x in (q, dout))
         ks, vs = (_take(x, part.keys, wide, packed).repeat_interleave(groups, 1) for x in (k, v))
-        p, kept, _, buckets = _probabilities(qs, ks, part.number, extras, options)
-        dropped = p if kept is None else p * kept
+        p, share, _, buckets = _probabilities(qs, ks, part.number, extras, options)
+        dropped = p if share is None else p * share
         dp = g @ vs.transpose(2, 3)
-        dp = dp if kept is None else dp * kept
+        dp = dp if share is None else dp * share
         ds = p * (dp - (p * dp).sum(-1, keepdim=True))
         _put(dq, part.queries, ds @ ks * options.scale, packed)
         for target, value in ((dk, ds.transpose(2, 3) @ qs * options.scale), (dv, dropped.transpose(2, 3) @ g)):
@@ -449,12 +504,12 @@ _LIBRARY = torch.library.Library("oslo_fusion", "FRAGMENT")
 _ARGUMENTS = (
     "Tensor? table, Tensor? slopes, Tensor? key_mask, Tensor? key_lengths, Tensor? mask, Tensor? q_offsets, Tensor? k_offsets, "
     "Tensor? rng, float scale, int left, int right, bool bidirectional, int max_distance, float dropout, SymInt max_queries, "
-    "SymInt max_keys, bool keep_rest"
+    "SymInt max_keys, bool keep"
 )
 _SCHEMAS = {
-    NAME: f"(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor out, Tensor logsumexp, Tensor rest)",
-    _BACKWARD: f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, Tensor rest, {_ARGUMENTS}, "
-    "bool table_gradient)"
+    NAME: f"(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor out, Tensor logsumexp, Tensor rest, Tensor kept)",
+    _BACKWARD: f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, Tensor rest, Tensor kept, "
+    f"{_ARGUMENTS}, bool table_gradient)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dtable)",
 }
 for _name, _schema in _SCHEMAS.items():
@@ -464,10 +519,10 @@ for _name, _schema in _SCHEMAS.items():
 # Importing the kernels registers them over these, so that each sees at most one CUDA tensor where there is a triton.
 
 
-def _default(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _default(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels = find_kernels(NAME) if q.is_cuda else None
     launch = attention_reference if kernels is None else kernels.launch_attention
-    result: tuple[Tensor, Tensor, Tensor] = launch(q, *arguments)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = launch(q, *arguments)
     return result
 
 
@@ -484,14 +539,14 @@ def register_kernels(forward: Any, backward: Any, key: str) -> None:
     _LIBRARY.impl(_BACKWARD, backward, key)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     extras, options, _ = split(arguments)
     _check(q, k, v, extras, options)
-    return new_like_tokens(q), new_logsumexp(q), new_rest(q, options)
+    return new_like_tokens(q), new_logsumexp(q), new_rest(q, options), new_kept(q, k, extras, options)
 
 
 def _backward_fake(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, rest: Tensor, *arguments: Any
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, rest: Tensor, kept: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     extras, _, wanted = split(arguments)
     dtable = (
@@ -525,13 +580,13 @@ def _gradients(ctx: Any, dout: Tensor | None, backward: Any) -> tuple[Tensor | N
             f"{NAME}: has no second derivative. Remedy: create_graph=False, or attention of plain torch, such as transformers' "
             "attn_implementation='eager'."
         )
-    q, k, v, out, logsumexp, rest, *extras = ctx.saved_tensors
+    q, k, v, out, logsumexp, rest, kept, *extras = ctx.saved_tensors
     wanted = ctx.needs_input_grad[3]
-    dq, dk, dv, dtable = backward(dout, q, k, v, out, logsumexp, rest, *extras, *ctx.options, wanted)
+    dq, dk, dv, dtable = backward(dout, q, k, v, out, logsumexp, rest, kept, *extras, *ctx.options, wanted)
     return dq, dk, dv, dtable if wanted else None, *nothing
 
 
-def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     q, k, v, *arguments = inputs
     ctx.save_for_backward(q, k, v, *output, *arguments[:_TENSORS])
     ctx.options = Options(*arguments[_TENSORS:])
@@ -553,8 +608,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         kernels = find_kernels(NAME)
         assert kernels is not None
-        out, logsumexp, rest = kernels.launch_attention(*inputs)
-        ctx.save_for_backward(*inputs[:3], out, logsumexp, rest, *inputs[3 : 3 + _TENSORS])
+        out, *state = kernels.launch_attention(*inputs)
+        ctx.save_for_backward(*inputs[:3], out, *state, *inputs[3 : 3 + _TENSORS])
         ctx.options = Options(*inputs[3 + _TENSORS :])
         ctx.set_materialize_grads(False)
         result: Tensor = out
@@ -733,7 +788,7 @@ def prepare(
         float(dropout),
         _longest(cu_seqlens_q, max_seqlen_q),
         _longest(cu_seqlens_k, max_seqlen_k),
-        q.dtype in (torch.float16, torch.bfloat16) and wants_gradient(q, k, v, bias_table),
+        wants_gradient(q, k, v, bias_table),
     )
 
 

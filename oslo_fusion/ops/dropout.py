@@ -1,6 +1,7 @@
 """Dropout by a counter: whether an element stays is a function of a seed and of where the element is, not of who computes it.
 
-So a backward draws the mask of its forward again, however it cuts its work, and no mask is kept. An element is dropped by 16
+So a backward draws the mask of its forward again, however it cuts its work, and no mask is kept; attention, whose backward has
+three kernels, keeps a bit an element instead. An element is dropped by 16
 bits of Philox 2×32 with 7 rounds, whose counter says where the element is, under a key that 10 rounds make from seed, offset
 and a number of the part it is in. ``dropout`` is rounded to a multiple of 1/65536, and what is kept is divided by the share
 that is really kept. Seed and offset are a tensor, so that a captured graph can change them and a compiled program hold them.

@@ -20,8 +20,9 @@ far is summed by the kernel of ``dq`` on its way, into two numbers. A last kerne
 first and the last true are looked for once, and what is outside of them is never read. Of a mask of queries and keys a byte is
 read for every score, where the score lies.
 
-**Dropout**: see ``ops/attention.py``. One draw serves four elements that are in one thread, whether the tile's rows are queries
-(forward, ``dq``) or keys (``dk``, ``dv``).
+**Dropout**: see ``ops/attention.py``. One draw serves four elements that are in one thread. The forward draws, and writes a bit
+for each element: to draw again would cost each kernel of the backward 9 to 10 instructions an element, to read and test a bit
+costs 2 to 3. In half precision the backward multiplies by the share that is kept after its sums, and tests a bit once.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -45,6 +46,8 @@ from oslo_fusion.ops.attention import (
     _check,
     attention_backward_reference,
     attention_reference,
+    check_kept,
+    new_kept,
     new_like_tokens,
     new_logsumexp,
     new_rest,
@@ -118,8 +121,9 @@ def forward_blocks(dim: int, itemsize: int, shared: int, table: bool = False, ma
         return AttentionBlocks(64, 32, 4, 1)
     # One H200, head size 64, 64×64 with 4 warps and 128×64 with 8: T5 0.112 and 0.145 ms, BERT with dropout 0.259 and 0.254.
     # Of 128 registers a thread, instead of 130, four programs run at once and not three; it costs 4 of 463 instructions.
+    # 0.098 ms with two tiles under way, 0.100 with three, 0.108 without the limit, 128×64 with 8 warps 0.105.
     if table and width <= 64 and major == 9:
-        return AttentionBlocks(64, 64, 4, 3, 128)
+        return AttentionBlocks(64, 64, 4, 2, 128)
     if table and width <= 128:
         return AttentionBlocks(64, 64, 4, 3 if width <= 64 else 2)
     if width <= 64:
@@ -130,8 +134,13 @@ def forward_blocks(dim: int, itemsize: int, shared: int, table: bool = False, ma
 
 
 @functools.lru_cache(maxsize=256)
-def backward_blocks(dim: int, itemsize: int, shared: int) -> BackwardBlocks:
-    """How the backward is cut. Arguments: as of :func:`forward_blocks`."""
+def backward_blocks(dim: int, itemsize: int, shared: int, bare: bool = False, major: int = 0) -> BackwardBlocks:
+    """How the backward is cut.
+
+    Args:
+        dim, itemsize, shared, major: as of :func:`forward_blocks`.
+        bare: whether there is T5's bias and nothing else: no dropout, mask, border or packed sequence.
+    """
     width = padded_dim(dim)
     if itemsize == 4:
         small = AttentionBlocks(32, 32, 4, 1) if width <= 64 else AttentionBlocks(16, 16, 4, 1)
@@ -144,6 +153,12 @@ def backward_blocks(dim: int, itemsize: int, shared: int) -> BackwardBlocks:
         # 0.668 ms for the whole backward on one H200, BERT with dropout 1.000 and 0.996.
         # The table's tile with T5's dropout: 0.671, 128×128 with 8 warps 0.694.
         # On sm_80 it would spill 340 to 370, and 32×64 spills 24; not measured.
+        if bare and major == 9 and shared >= 200_000:
+            # So many programs run at once: three, four and three, where there were two, three and two. T5 on one H200, the
+            # whole backward: 0.403 ms by the first (0.412 without), 0.403 by the second (0.411), 0.393 by the third (0.412).
+            # 120, 16 and 8 bytes spill; with dropout 256, 32 and 120, a causal mask 304, 40 and 24: those have no limit.
+            limited = AttentionBlocks(64, 64, 4, 2, 168)
+            return BackwardBlocks(limited, AttentionBlocks(64, 64, 4, 2, 128), limited)
         keys = AttentionBlocks(32 if shared < 200_000 else 64, 64, 4, 2)
         return BackwardBlocks(keys, AttentionBlocks(64, 64, 4, 3), AttentionBlocks(64, 64, 4, 3))
     if width <= 128:
@@ -356,39 +371,205 @@ def _scores(
 
 
 @triton.jit
-def _kept(q0, k0, key, threshold, QUERIES: tl.constexpr, KEYS: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """Which elements of a tile stay; ``q0`` and ``k0`` are multiples of 16."""
-    ROWS: tl.constexpr = KEYS if KEYS_FIRST else QUERIES
-    COLS: tl.constexpr = QUERIES if KEYS_FIRST else KEYS
-    rows = tl.arange(0, ROWS // 2)[:, None]
-    cols = tl.arange(0, COLS // 2)[None, :]
-    if KEYS_FIRST:
-        k_half, q_half = k0 // 2 + rows, q0 // 2 + cols
-    else:
-        k_half, q_half = k0 // 2 + cols, q0 // 2 + rows
-    zero = tl.zeros((ROWS // 2, COLS // 2), dtype=tl.uint32)
-    x, y = philox(k_half.to(tl.uint32) + zero, q_half.to(tl.uint32) + zero, key, 7)
-    # Bit 3 of the key's number chooses the word, that of the query's the half.
-    near, far = (x & 0xFFFF).to(tl.int32), (x >> 16).to(tl.int32)
-    near_next, far_next = (y & 0xFFFF).to(tl.int32), (y >> 16).to(tl.int32)
-    if KEYS_FIRST:
-        first, second = tl.join(near, far), tl.join(near_next, far_next)
-    else:
-        first, second = tl.join(near, near_next), tl.join(far, far_next)
-    bits = tl.join(first, second)  # [rows / 2, cols / 2, bit of the column, bit of the row]
-    bits = tl.reshape(bits, (ROWS // 16, 8, COLS // 16, 8, 2, 2))
-    bits = tl.reshape(tl.permute(bits, (0, 5, 1, 2, 4, 3)), (ROWS, COLS))
-    return bits < threshold
+def _kept_base(kept_ptr, batch, head, first, kept_batch, kept_head, PACKED: tl.constexpr):
+    """Where the words of one head of one sequence begin: see ``ops.attention.new_kept``."""
+    offset = batch.to(tl.int64) * kept_batch + head.to(tl.int64) * kept_head
+    if PACKED:
+        offset += (first // 64 + batch).to(tl.int64) * 128
+    return kept_ptr + offset
 
 
 @triton.jit
-def _kept_anywhere(q, k, key, threshold):
-    """As :func:`_kept`, for tiles that begin anywhere: a draw per element."""
-    zero = (q * 0 + k * 0).to(tl.uint32)
-    x, y = philox(((k >> 4 << 3) | (k & 7)).to(tl.uint32) + zero, ((q >> 4 << 3) | (q & 7)).to(tl.uint32) + zero, key, 7)
-    word = tl.where((k & 8) != 0, y, x)
-    bits = tl.where((q & 8) != 0, word >> 16, word & 0xFFFF).to(tl.int32)
-    return bits < threshold
+def _kept_places(base, q0, k0, queries, keys, pair, row, kept_keys, SPAN: tl.constexpr):
+    """Pointers to words, or to the bytes of words that a tile of fewer than 64 keys has.
+
+    ``queries``, ``keys``: first ones of blocks of 16 and of ``SPAN``, in the tile. ``pair``, ``row``: the word in its block.
+    """
+    word = ((k0 + keys) // 64).to(tl.int64) * kept_keys + (q0 + queries) * 2 + (pair * 8 + row)
+    part = (k0 + keys) % 64 // SPAN
+    if SPAN == 64:
+        places = base + word
+    elif SPAN == 32:
+        places = base.to(tl.pointer_type(tl.int16)) + word * 2 + part
+    else:
+        places = base.to(tl.pointer_type(tl.int8)) + word * 4 + part
+    return places
+
+
+@triton.jit
+def _look_up_word(places, wanted, SPAN: tl.constexpr, ASM: tl.constexpr):
+    """Words, or parts of them with zeros before; zero where not wanted. An instruction for the reason :func:`_bias` tells."""
+    zero = (places.to(tl.int64) * 0).to(tl.int32)
+    wanted = tl.where(wanted, 1, 0) + zero
+    if ASM > 0:
+        KIND: tl.constexpr = "u32" if SPAN == 64 else "u16" if SPAN == 32 else "u8"
+        ASSEMBLY: tl.constexpr = "{.reg .pred p; setp.ne.u32 p, $2, 0; mov.u32 $0, 0; @p ld.global.nc." + KIND + " $0, [$1];}"
+        words = tl.inline_asm_elementwise(
+            ASSEMBLY, "=r,l,r", [places.to(tl.int64), wanted], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        words = tl.load(places, mask=wanted != 0, other=0).to(tl.int32)
+    return words
+
+
+@triton.jit
+def _write_kept(
+    words,
+    base,
+    q0,
+    k0,
+    queries,
+    kept_keys,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    SPAN: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Write what :func:`_draw_kept` made where the backward reads it. As triton's store it would be sorted on its way."""
+    block = tl.arange(0, QUERIES // 16)[:, None, None, None] * 16
+    row = tl.arange(0, 8)[None, :, None, None]
+    span = tl.arange(0, KEYS // SPAN)[None, None, :, None] * SPAN
+    pair = tl.arange(0, 4)[None, None, None, :]
+    places = _kept_places(base, q0, k0, block, span, pair, row, kept_keys, SPAN)
+    # Of a last tile of more than 64 queries half may be behind the words of the sequence.
+    zero = (places.to(tl.int64) * 0).to(tl.int32)
+    wanted = tl.where(q0 + block < (queries + 63) // 64 * 64, 1, 0) + zero
+    if ASM > 0:
+        KIND: tl.constexpr = "b32" if SPAN == 64 else "b16" if SPAN == 32 else "b8"
+        ASSEMBLY: tl.constexpr = "{.reg .pred p; setp.ne.u32 p, $3, 0; @p st.global." + KIND + " [$1], $2; mov.u32 $0, 0;}"
+        tl.inline_asm_elementwise(
+            ASSEMBLY, "=r,l,r,r", [places.to(tl.int64), words, wanted], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        tl.store(places, words.to(places.dtype.element_ty), mask=wanted != 0)
+
+
+@triton.jit
+def _draw_kept(q0, k0, key, threshold, QUERIES: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr):
+    """Which elements of a tile stay, as words ``[queries / 16, 8, keys / SPAN, 4]``; ``q0`` and ``k0`` are multiples of 16.
+
+    The elements of a word are those of one thread of the tensor cores' result, and its place in this tensor is the thread's
+    place in the program: so words are drawn, written and used in one thread.
+    """
+    block = tl.arange(0, QUERIES // 16)[:, None, None, None] * 8
+    row = tl.arange(0, 8)[None, :, None, None]
+    span = tl.arange(0, KEYS // SPAN)[None, None, :, None] * (SPAN // 2)
+    pair = tl.arange(0, 4)[None, None, None, :] * 2
+    zero = tl.zeros((QUERIES // 16, 8, KEYS // SPAN, 4), dtype=tl.uint32)
+    q_half = (q0 // 2 + block + row).to(tl.uint32) + zero
+    k_half = (k0 // 2 + span + pair).to(tl.uint32) + zero
+    # Bits less the threshold are below zero where an element stays, so bits 16 to 31 are its sign: the one that is wanted is
+    # taken by the instruction that adds it to the others. A comparison would be one more, and its result another.
+    threshold = threshold.to(tl.uint32)
+    low, high = zero, zero
+    bit = tl.full((), 65536, tl.uint32)
+    for sixteen in tl.static_range(SPAN // 16):
+        for parity in tl.static_range(2):
+            x, y = philox(k_half + (sixteen * 8 + parity), q_half, key, 7)
+            # Bit 3 of the key's number chooses the word, that of the query's the half.
+            found = ((x & 0xFFFF) - threshold) & (bit << (sixteen % 2 * 8 + parity * 2))
+            found |= ((x >> 16) - threshold) & (bit << (sixteen % 2 * 8 + parity * 2 + 1))
+            found |= ((y & 0xFFFF) - threshold) & (bit << (sixteen % 2 * 8 + parity * 2 + 4))
+            found |= ((y >> 16) - threshold) & (bit << (sixteen % 2 * 8 + parity * 2 + 5))
+            if sixteen < 2:
+                low |= found
+            else:
+                high |= found
+    return (high | (low >> 16)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _spread(words, QUERIES: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """For every element of a tile its word and its bit. Nothing is moved: the bits are numbers known to the compiler.
+
+    Bit of an element in its word: bits 3 to 5 of the key's number, then bit 0 of it, then bit 3 of the query's.
+    """
+    ROWS: tl.constexpr = KEYS if KEYS_FIRST else QUERIES
+    COLS: tl.constexpr = QUERIES if KEYS_FIRST else KEYS
+    if KEYS_FIRST:  # words are [keys / SPAN, 4, queries / 16, 8]
+        sixteen = tl.arange(0, SPAN // 16)[None, :, None, None, None, None, None, None]
+        eight = tl.arange(0, 2)[None, None, :, None, None, None, None, None]
+        parity = tl.arange(0, 2)[None, None, None, None, :, None, None, None]
+        half = tl.arange(0, 2)[None, None, None, None, None, None, :, None]
+        words = words[:, None, None, :, None, :, None, :]
+        # What differs between threads is shifted away, once a word.
+        shift = sixteen * 8 + parity * 2
+        words = (words.to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)).to(tl.int32, bitcast=True)
+        words, bits = tl.broadcast(words, 1 << (eight * 4 + half))
+    else:  # [queries / 16, 8, keys / SPAN, 4]
+        half = tl.arange(0, 2)[None, :, None, None, None, None, None]
+        eight = tl.arange(0, SPAN // 8)[None, None, None, None, :, None, None]
+        parity = tl.arange(0, 2)[None, None, None, None, None, None, :]
+        words, bits = tl.broadcast(words[:, None, :, :, None, :, None], 1 << (eight * 4 + parity * 2 + half))
+    return tl.reshape(words, (ROWS, COLS)), tl.reshape(bits, (ROWS, COLS))
+
+
+@triton.jit
+def _read_kept(
+    base,
+    q0,
+    k0,
+    queries,
+    begin,
+    end,
+    kept_keys,
+    wanted,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """What :func:`_spread` makes of the words that the forward has written; ``k0`` is a multiple of 64, or of ``KEYS``.
+
+    Of tiles in which nothing is seen the forward has written nothing. What is read where no score counts is no matter: there
+    the probability is zero.
+    """
+    SPAN: tl.constexpr = KEYS if KEYS < 64 else 64
+    if KEYS_FIRST:
+        span = tl.arange(0, KEYS // SPAN)[:, None, None, None] * SPAN
+        pair = tl.arange(0, 4)[None, :, None, None]
+        block = tl.arange(0, QUERIES // 16)[None, None, :, None] * 16
+        row = tl.arange(0, 8)[None, None, None, :]
+    else:
+        block = tl.arange(0, QUERIES // 16)[:, None, None, None] * 16
+        row = tl.arange(0, 8)[None, :, None, None]
+        span = tl.arange(0, KEYS // SPAN)[None, None, :, None] * SPAN
+        pair = tl.arange(0, 4)[None, None, None, :]
+    if KEYS > 64:
+        wanted = wanted & (k0 + span < end) & (k0 + span + 64 > begin)
+    if QUERIES > 64:
+        wanted = wanted & (q0 + block < queries)
+    places = _kept_places(base, q0, k0, block, span, pair, row, kept_keys, SPAN)
+    return _spread(_look_up_word(places, wanted, SPAN, ASM), QUERIES, KEYS, SPAN, KEYS_FIRST)
+
+
+@triton.jit
+def _read_kept_anywhere(base, q, k, kept_keys, wanted):
+    """As :func:`_read_kept`, for tiles that begin anywhere: a byte per element."""
+    word = (k // 64).to(tl.int64) * kept_keys + q // 16 * 32 + k % 8 // 2 * 8 + q % 8
+    words = tl.load(base.to(tl.pointer_type(tl.int8)) + word * 4 + k % 64 // 16, mask=wanted, other=0).to(tl.int32)
+    return words, 1 << (k % 16 // 8 * 4 + k % 2 * 2 + q % 16 // 8)
+
+
+@triton.jit
+def _drop(x, words, bits, ASM: tl.constexpr):
+    """``x`` where the bit is set, else zero.
+
+    As one instruction to the compiler, so that the test stands where it is needed: 64 instructions for 32 elements. Else it
+    tests at once and keeps the results, of which there are more than predicates, in registers: 150.
+    """
+    if ASM > 0:
+        result = tl.inline_asm_elementwise(
+            "{.reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.u32 p, t, 0; selp.f32 $0, $1, 0f00000000, p;}",
+            "=f,f,r,r",
+            [x, words, bits],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        result = tl.where((words & bits) != 0, x, 0.0)
+    return result
 
 
 @triton.jit
@@ -487,6 +668,9 @@ _NUMBERS = [
     "pairs_query",
     "sum_batch",
     "sum_head",
+    "kept_batch",
+    "kept_head",
+    "kept_keys",
     "q_batch",
     "q_head",
     "q_token",
@@ -510,6 +694,7 @@ def _attention_fwd_kernel(
     out_ptr,
     sums_ptr,
     rest_ptr,
+    kept_ptr,
     distances_ptr,
     slopes_ptr,
     mask_ptr,
@@ -537,6 +722,9 @@ def _attention_fwd_kernel(
     pairs_query,
     sum_batch,
     sum_head,
+    kept_batch,
+    kept_head,
+    kept_keys,
     q_batch,
     q_head,
     q_token,
@@ -563,6 +751,7 @@ def _attention_fwd_kernel(
     DROPOUT: tl.constexpr,
     FOLD: tl.constexpr,
     REST: tl.constexpr,
+    KEEP: tl.constexpr,
     ASM: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -576,6 +765,9 @@ def _attention_fwd_kernel(
     first_query, queries = _sequence(q_offsets_ptr, batch, queries, PACKED)
     first_key, keys = _sequence(k_offsets_ptr, batch, keys, PACKED)
     begin, end = _padding(range_ptr, batch, keys, RANGE)
+    if PACKED and KEEP:
+        # As many keys as there are words for, should the sequence be longer than was said.
+        end = tl.minimum(end, kept_head // kept_keys * 64)
     shift = keys - queries
     q0 = block * QUERIES
     rows, cols, dims = tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, WIDTH)
@@ -596,6 +788,8 @@ def _attention_fwd_kernel(
         pairs_ptr += batch.to(tl.int64) * pairs_batch + head.to(tl.int64) * pairs_head
     if DROPOUT:
         key = random_key(rng_ptr, number)
+    if KEEP:
+        kept_ptr = _kept_base(kept_ptr, batch, head, first_query, kept_batch, kept_head, PACKED)
 
     low, high = begin, end
     if HAS_LEFT:
@@ -606,6 +800,7 @@ def _attention_fwd_kernel(
     if q0 >= queries:
         high = low
     NATURAL: tl.constexpr = sums_ptr.dtype.element_ty == tl.float64
+    SPAN: tl.constexpr = KEYS if KEYS < 64 else 64
     top = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((QUERIES,), dtype=tl.float32)
     acc = tl.zeros((QUERIES, WIDTH), dtype=tl.float32)
@@ -662,7 +857,11 @@ def _attention_fwd_kernel(
             shrink = _power(top - zero, NATURAL)
         total = total * shrink + tl.sum(p, axis=1)
         if DROPOUT:
-            p = tl.where(_kept(q0, k0, key, threshold, QUERIES, KEYS, False), p, 0.0)
+            words = _draw_kept(q0, k0, key, threshold, QUERIES, KEYS, SPAN)
+            if KEEP:
+                _write_kept(words, kept_ptr, q0, k0, queries, kept_keys, QUERIES, KEYS, SPAN, ASM)
+            words, bits = _spread(words, QUERIES, KEYS, SPAN, False)
+            p = _drop(p, words, bits, ASM)
         v_mask = inside[:, None] if DIM == WIDTH else inside[:, None] & (dims < DIM)[None, :]
         v = tl.load(v_ptrs + k0 * v_step, mask=v_mask, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
@@ -695,7 +894,18 @@ def _attention_fwd_kernel(
 # --- backward ----------------------------------------------------------------------------------------------------------------
 
 
-_DELTA_NUMBERS = ["heads", "queries", "blocks", "sum_batch", "sum_head", *_NUMBERS[-3:], "g_batch", "g_head", "g_token"]
+_DELTA_NUMBERS = [
+    "factor",
+    "heads",
+    "queries",
+    "blocks",
+    "sum_batch",
+    "sum_head",
+    *_NUMBERS[-3:],
+    "g_batch",
+    "g_head",
+    "g_token",
+]
 
 
 @triton.jit(do_not_specialize=_DELTA_NUMBERS)
@@ -705,6 +915,7 @@ def _attention_delta_kernel(
     dout_ptr,
     delta_ptr,
     q_offsets_ptr,
+    factor,
     heads,
     queries,
     blocks,
@@ -738,7 +949,7 @@ def _attention_delta_kernel(
         out += tl.load(rest_base + tokens * (o_token * UNIT) + dims[None, :], mask=mask, other=0.0).to(tl.float32)
     dout = tl.load(dout_base + tokens * (g_token * UNIT) + dims[None, :], mask=mask, other=0.0).to(tl.float32)
     delta_base = delta_ptr + batch.to(tl.int64) * sum_batch + head.to(tl.int64) * sum_head + first_query
-    tl.store(delta_base + rows, tl.sum(out * dout, axis=1), mask=rows < queries)
+    tl.store(delta_base + rows, tl.sum(out * dout, axis=1) * factor, mask=rows < queries)
 
 
 _BACKWARD_NUMBERS = ["natural", *_NUMBERS[:-3], "g_batch", "g_head", "g_token"]
@@ -761,7 +972,7 @@ def _attention_dkdv_kernel(
     range_ptr,
     q_offsets_ptr,
     k_offsets_ptr,
-    rng_ptr,
+    kept_ptr,
     natural,
     scale,
     inverse,
@@ -782,6 +993,9 @@ def _attention_dkdv_kernel(
     pairs_query,
     sum_batch,
     sum_head,
+    kept_batch,
+    kept_head,
+    kept_keys,
     q_batch,
     q_head,
     q_token,
@@ -845,11 +1059,12 @@ def _attention_dkdv_kernel(
     low = low // QUERIES * QUERIES
     if (k0 >= end) | (k0 + KEYS <= begin):
         high = low
+    NATURAL: tl.constexpr = sums_ptr.dtype.element_ty == tl.float64
     # APART: queries of each head of a group are summed alone first, as eager code does. One sum over four is twice as wrong.
     dk = tl.zeros((KEYS, WIDTH), dtype=tl.float32)
     dv = tl.zeros((KEYS, WIDTH), dtype=tl.float32)
     all_dk, all_dv = dk, dv
-    slope, key = 0.0, tl.full((), 0, tl.uint32)
+    slope, kept_base = 0.0, kept_ptr
     for member in range(0, groups):
         head = kv_head * groups + member
         q_base = _base(q_ptr, batch, head, first_query, q_batch, q_head, q_token, UNIT)
@@ -864,7 +1079,7 @@ def _attention_dkdv_kernel(
         if HAS_PAIRS:
             head_pairs_ptr = pairs_ptr + batch.to(tl.int64) * pairs_batch + head.to(tl.int64) * pairs_head
         if DROPOUT:
-            key = random_key(rng_ptr, batch * heads + head)
+            kept_base = _kept_base(kept_ptr, batch, head, first_query, kept_batch, kept_head, PACKED)
         q_step = q_token.to(tl.int64) * UNIT
         q_ptrs = q_base + cols[:, None] * q_step + dims[None, :]
         g_step = g_token.to(tl.int64) * UNIT
@@ -918,13 +1133,14 @@ def _attention_dkdv_kernel(
             p = _exponentials(s, scale, sums[None, :], FOLD)
             dout = tl.load(g_ptrs + q0 * g_step, mask=q_mask, other=0.0)
             dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+            dropped = p
             if DROPOUT:
-                kept = _kept(q0, k0, key, threshold, QUERIES, KEYS, True)
-                dv = tl.dot(tl.where(kept, p * inverse, 0.0).to(dout.dtype), dout, dv, input_precision="ieee")
-                dp = tl.where(kept, dp * inverse, 0.0)
-            else:
-                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-            ds = p * (dp - delta[None, :])
+                words, bits = _read_kept(kept_base, q0, k0, queries, begin, end, kept_keys, True, QUERIES, KEYS, True, ASM)
+                dropped = _drop(p * inverse if NATURAL else p, words, bits, ASM)
+                if NATURAL:
+                    dp = _drop(dp * inverse, words, bits, ASM)
+            dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision="ieee")
+            ds = dropped * dp - p * delta[None, :] if DROPOUT and not NATURAL else p * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
         if APART:
             all_dk += dk
@@ -934,6 +1150,9 @@ def _attention_dkdv_kernel(
     if APART:
         dk = all_dk
         dv = all_dv
+    if DROPOUT and not NATURAL:
+        dk *= inverse
+        dv *= inverse
     offsets = k_tokens * (dk_token * UNIT) + dims[None, :]
     dk_base = _base(dk_ptr, batch, kv_head, first_key, dk_batch, dk_head, dk_token, UNIT)
     dv_base = _base(dv_ptr, batch, kv_head, first_key, dk_batch, dk_head, dk_token, UNIT)
@@ -961,7 +1180,7 @@ def _attention_dq_kernel(
     range_ptr,
     q_offsets_ptr,
     k_offsets_ptr,
-    rng_ptr,
+    kept_ptr,
     natural,
     scale,
     inverse,
@@ -982,6 +1201,9 @@ def _attention_dq_kernel(
     pairs_query,
     sum_batch,
     sum_head,
+    kept_batch,
+    kept_head,
+    kept_keys,
     q_batch,
     q_head,
     q_token,
@@ -1029,6 +1251,9 @@ def _attention_dq_kernel(
     first_query, queries = _sequence(q_offsets_ptr, batch, queries, PACKED)
     first_key, keys = _sequence(k_offsets_ptr, batch, keys, PACKED)
     begin, end = _padding(range_ptr, batch, keys, RANGE)
+    if PACKED and DROPOUT:
+        # As many keys as there are words for, should the sequence be longer than was said.
+        end = tl.minimum(end, kept_head // kept_keys * 64)
     shift = keys - queries
     q0 = block * QUERIES
     rows, cols, dims = tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, WIDTH)
@@ -1048,7 +1273,7 @@ def _attention_dq_kernel(
         delta = tl.zeros((QUERIES,), dtype=tl.float32)
     else:
         delta = tl.load(delta_ptr + sum_offset + q0 + rows, mask=inside, other=0.0)
-    slope, key = 0.0, tl.full((), 0, tl.uint32)
+    slope = 0.0
     if HAS_TABLE:
         distances_ptr += head.to(tl.int64) * (4 * reach + 4)
     if HAS_SLOPES:
@@ -1058,7 +1283,7 @@ def _attention_dq_kernel(
     if HAS_PAIRS:
         pairs_ptr += batch.to(tl.int64) * pairs_batch + head.to(tl.int64) * pairs_head
     if DROPOUT:
-        key = random_key(rng_ptr, number)
+        kept_ptr = _kept_base(kept_ptr, batch, head, first_query, kept_batch, kept_head, PACKED)
 
     low, high = begin, end
     if HAS_LEFT:
@@ -1071,6 +1296,7 @@ def _attention_dq_kernel(
     # What lies before and after the tiles that the table's kernel walks over shares one bucket on each side.
     near_first += q0 // near_block * near_block + shift
     near_last += q0 // near_block * near_block + shift
+    NATURAL: tl.constexpr = sums_ptr.dtype.element_ty == tl.float64
     far_left = tl.zeros((QUERIES,), dtype=tl.float32)
     far_right = tl.zeros((QUERIES,), dtype=tl.float32)
     dq = tl.zeros((QUERIES, WIDTH), dtype=tl.float32)
@@ -1119,11 +1345,14 @@ def _attention_dq_kernel(
         v = tl.load(v_ptrs + k0 * v_step, mask=k_mask, other=0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         if DROPOUT:
-            dp = tl.where(_kept(q0, k0, key, threshold, QUERIES, KEYS, False), dp * inverse, 0.0)
+            words, bits = _read_kept(kept_ptr, q0, k0, queries, begin, end, kept_keys, True, QUERIES, KEYS, False, ASM)
+            if NATURAL:
+                dp = _drop(dp * inverse, words, bits, ASM)
         if DELTA:
             delta += tl.sum(p * dp, axis=1)
             whole += tl.sum(p, axis=1)
-        ds = p * (dp - delta[:, None])
+        dropped = _drop(p, words, bits, ASM) if DROPOUT and not NATURAL else p
+        ds = dropped * dp - p * delta[:, None] if DROPOUT and not NATURAL else p * (dp - delta[:, None])
         if TABLE_GRADIENT:
             if k0 + KEYS <= near_first:
                 far_left += tl.sum(ds, axis=1)
@@ -1134,6 +1363,10 @@ def _attention_dq_kernel(
                 far_right += tl.sum(tl.where((k0 + cols >= near_last)[None, :], ds, 0.0), axis=1)
         if not DELTA:
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    if DROPOUT and not NATURAL:
+        dq *= inverse
+        far_left *= inverse
+        far_right *= inverse
     if DELTA:
         # By the sum of p, which is one but for rounding, so that what is subtracted from dp has no rounding of p in it.
         delta = tl.where(whole > 0.0, delta / tl.where(whole > 0.0, whole, 1.0), 0.0)
@@ -1163,7 +1396,7 @@ def _attention_dtable_kernel(
     range_ptr,
     q_offsets_ptr,
     k_offsets_ptr,
-    rng_ptr,
+    kept_ptr,
     natural,
     scale,
     inverse,
@@ -1184,6 +1417,9 @@ def _attention_dtable_kernel(
     pairs_query,
     sum_batch,
     sum_head,
+    kept_batch,
+    kept_head,
+    kept_keys,
     q_batch,
     q_head,
     q_token,
@@ -1222,6 +1458,7 @@ def _attention_dtable_kernel(
     head = tl.program_id(2)
     rows, cols, dims = tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, WIDTH)
     distances_ptr += head.to(tl.int64) * (4 * reach + 4)
+    NATURAL: tl.constexpr = sums_ptr.dtype.element_ty == tl.float64
     total = tl.zeros((QUERIES, KEYS), dtype=tl.float32)
     low, high = 0, blocks
     if not PACKED:  # only tiles that have keys
@@ -1239,6 +1476,9 @@ def _attention_dtable_kernel(
         first_query, sequence = _sequence(q_offsets_ptr, batch, queries, PACKED)
         first_key, key_count = _sequence(k_offsets_ptr, batch, keys, PACKED)
         begin, end = _padding(range_ptr, batch, key_count, RANGE)
+        if PACKED and DROPOUT:
+            # As many keys as there are words for, should the sequence be longer than was said.
+            end = tl.minimum(end, kept_head // kept_keys * 64)
         shift = key_count - sequence
         k0 = q0 + offset + shift
         inside = q0 + rows < sequence
@@ -1296,13 +1536,24 @@ def _attention_dtable_kernel(
         delta = tl.load(delta_ptr + sum_offset + q0 + rows, mask=inside, other=0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         if DROPOUT:
-            key = random_key(rng_ptr, batch * heads + head)
+            # Of tiles without a key that is seen nothing was written down.
+            kept_base = _kept_base(kept_ptr, batch, head, first_query, kept_batch, kept_head, PACKED)
+            wanted = (q0 < sequence) & (k0 < end) & (k0 + KEYS > begin)
+            if HAS_LEFT:
+                wanted = wanted & (k0 + KEYS > q0 + shift - left)
             if ALIGNED:
-                kept = _kept(q0, k0, key, threshold, QUERIES, KEYS, False)
+                words, bits = _read_kept(kept_base, q0, k0, sequence, begin, end, kept_keys, wanted, QUERIES, KEYS, False, ASM)
             else:
-                kept = _kept_anywhere(q0 + rows[:, None], k0 + cols[None, :], key, threshold)
-            dp = tl.where(kept, dp * inverse, 0.0)
-        total += p * (dp - delta[:, None])
+                wanted = (wanted & inside)[:, None] & k_inside[None, :]
+                words, bits = _read_kept_anywhere(kept_base, q0 + rows[:, None], k0 + cols[None, :], kept_keys, wanted)
+        if DROPOUT and not NATURAL:
+            total += _drop(p, words, bits, ASM) * dp - p * delta[:, None]
+        elif DROPOUT:
+            total += p * (_drop(dp * inverse, words, bits, ASM) - delta[:, None])
+        else:
+            total += p * (dp - delta[:, None])
+    if DROPOUT and not NATURAL:
+        total *= inverse
     number = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * parts + part
     tl.store(parts_ptr + number * (QUERIES * KEYS) + rows[:, None] * KEYS + cols[None, :], total)
 
@@ -1444,12 +1695,12 @@ class _Setup(NamedTuple):
 
     @property
     def pointers(self) -> tuple[Tensor | None, ...]:
-        """From the distances to the random numbers."""
+        """From the distances to the offsets of packed keys."""
         e = self.extras
-        return self.distances, e.slopes, self.mask, self.pairs, self.ranges, e.q_offsets, e.k_offsets, e.rng
+        return self.distances, e.slopes, self.mask, self.pairs, self.ranges, e.q_offsets, e.k_offsets
 
-    def numbers(self, blocks: int, sums: Tensor) -> tuple[float, ...]:
-        """From the scale to the strides of the sums."""
+    def numbers(self, blocks: int, sums: Tensor, kept: Tensor | None) -> tuple[float, ...]:
+        """From the scale to the strides of what dropout kept."""
         o = self.options
         return (
             o.scale * _base_factor(self.q),
@@ -1468,6 +1719,7 @@ class _Setup(NamedTuple):
             *self.pair_strides,
             0 if sums.dim() == 2 else sums.stride(0),
             sums.stride(0) if sums.dim() == 2 else sums.stride(1),
+            *((0, 0, 0) if kept is None else (0 if kept.dim() == 4 else kept.stride(0), kept.stride(-4), kept.stride(-3))),
         )
 
     @property
@@ -1589,17 +1841,23 @@ def _folds(q: Tensor, extras: Extras, options: Options) -> bool:
     return options.scale > 1e-3 and _reads_by_instruction(q) < 10
 
 
+def _is_bare(extras: Extras, options: Options) -> bool:
+    """Whether T5's bias is all there is: see :func:`backward_blocks`."""
+    alone = all(x is None for x in extras._replace(table=None, rng=None))
+    return extras.table is not None and alone and not options.dropout and options.left == options.right == UNLIMITED
+
+
 def launch_attention(
     q: Tensor, k: Tensor, v: Tensor, *arguments: Any, blocks: AttentionBlocks | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`oslo_fusion.ops.attention.attention_reference`; ``blocks`` overrides the heuristic."""
     extras, options, _ = split(arguments)
     if q.dtype == torch.float64:
         return attention_reference(q, k, v, *arguments)
     _check(q, k, v, extras, options)
-    out, sums, rest = new_like_tokens(q), new_logsumexp(q), new_rest(q, options)
+    out, sums, rest, kept = new_like_tokens(q), new_logsumexp(q), new_rest(q, options), new_kept(q, k, extras, options)
     if q.numel() == 0:
-        return out, sums, rest
+        return out, sums, rest, kept
     with on_device(q):
         setup = _set_up(q, k, v, extras, options)
         cut = blocks or forward_blocks(
@@ -1607,10 +1865,17 @@ def launch_attention(
         )
         count = -(-setup.queries // cut.queries)
         strides, unit = _in_units(setup.q, setup.k, setup.v, out)
+        words = kept if kept.numel() else None
         _FORWARD(
             (count * setup.heads * setup.batches,),
-            (setup.q, setup.k, setup.v, out, sums, rest if rest.numel() else None, *setup.pointers),
-            (*setup.numbers(count, sums), *strides),
+            (
+                *(setup.q, setup.k, setup.v, out, sums),
+                rest if rest.numel() else None,
+                words,
+                *setup.pointers,
+                setup.extras.rng,
+            ),
+            (*setup.numbers(count, sums, words), *strides),
             (
                 q.shape[-1],
                 padded_dim(q.shape[-1]),
@@ -1619,6 +1884,7 @@ def launch_attention(
                 *setup.masks,
                 _folds(q, extras, options),
                 rest.numel() > 0,
+                words is not None,
                 _reads_by_instruction(q),
                 cut.queries,
                 cut.keys,
@@ -1627,7 +1893,7 @@ def launch_attention(
             cut.warps,
             cut.registers,
         )
-    return out, sums, rest
+    return out, sums, rest, kept
 
 
 def launch_attention_backward(
@@ -1638,14 +1904,16 @@ def launch_attention_backward(
     out: Tensor,
     logsumexp: Tensor,
     rest: Tensor,
+    kept: Tensor,
     *arguments: Any,
     blocks: BackwardBlocks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`oslo_fusion.ops.attention.attention_backward_reference`; ``blocks`` overrides the heuristic."""
     extras, options, wanted = split(arguments)
     if q.dtype == torch.float64:
-        return attention_backward_reference(dout, q, k, v, out, logsumexp, rest, *arguments)
+        return attention_backward_reference(dout, q, k, v, out, logsumexp, rest, kept, *arguments)
     _check(q, k, v, extras, options)
+    check_kept(q, k, kept, extras, options)
     table = extras.table if wanted else None
     dq, dk, dv = (new_like_tokens(x) for x in (q, k, v))
     if table is None:
@@ -1658,10 +1926,12 @@ def launch_attention_backward(
         setup = _set_up(q, k, v, extras, options)
         dout = _dense_dim(dout)
         dim, width = q.shape[-1], padded_dim(q.shape[-1])
-        cut = blocks or backward_blocks(dim, q.element_size(), device_facts(q)[1])
+        major = _reads_by_instruction(q)
+        cut = blocks or backward_blocks(dim, q.element_size(), device_facts(q)[1], _is_bare(extras, options), major)
         delta = torch.empty(logsumexp.shape, dtype=torch.float32, device=q.device)
         inputs = (setup.q, setup.k, setup.v, dout)
-        state = (logsumexp, delta)
+        words = kept.contiguous() if options.dropout else None
+        state = (logsumexp, delta, words)
         if q.dtype != torch.float32:
             _delta(setup, out, rest, dout, logsumexp, delta)
         else:
@@ -1672,8 +1942,8 @@ def launch_attention_backward(
         strides, unit = _in_units(*inputs, dk)
         _DKDV(
             (count * setup.kv_heads * setup.batches,),
-            (*inputs, dk, dv, *state, *setup.pointers),
-            (options.scale, *setup.numbers(count, logsumexp), *strides),
+            (*inputs, dk, dv, logsumexp, delta, *setup.pointers, words),
+            (options.scale, *setup.numbers(count, logsumexp, words), *strides),
             (
                 dim,
                 width,
@@ -1702,7 +1972,7 @@ def launch_attention_backward(
         _walk_keys(setup, dout, dq, far, state, cut, (first * diagonal.keys, (last + 1) * diagonal.keys), delta=False)
         if table is not None:
             assert far is not None
-            _table_gradient(setup, dout, logsumexp, delta, far, dtable, cut, (first, last))
+            _table_gradient(setup, dout, state, far, dtable, cut, (first, last))
     return dq, dk, dv, dtable
 
 
@@ -1712,11 +1982,13 @@ def _delta(setup: _Setup, out: Tensor, rest: Tensor, dout: Tensor, logsumexp: Te
         rest = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device).copy_(rest)
     dim, count = out.shape[-1], -(-setup.queries // 64)
     strides, unit = _in_units(out, dout)
-    numbers = setup.numbers(count, logsumexp)
+    numbers = setup.numbers(count, logsumexp, None)
+    # The kernels multiply by the share that dropout keeps where all is summed up, and not before it is subtracted.
+    factor = 1.0 / kept_scale(setup.options.dropout)
     _DELTA(
         (count * setup.heads * setup.batches,),
         (out, rest if rest.numel() else None, dout, delta, setup.extras.q_offsets),
-        (setup.heads, numbers[5], count, *numbers[-2:], *strides),
+        (factor, setup.heads, numbers[5], count, *numbers[-5:-3], *strides),
         (dim, padded_dim(dim), unit, out.dim() == 3, rest.numel() > 0, 64),
         4,
     )
@@ -1727,7 +1999,7 @@ def _walk_keys(
     dout: Tensor,
     dq: Tensor,
     far: Tensor | None,
-    state: tuple[Tensor, Tensor],
+    state: tuple[Tensor, Tensor, Tensor | None],
     cut: BackwardBlocks,
     near: tuple[int, int],
     *,
@@ -1744,8 +2016,8 @@ def _walk_keys(
     strides, unit = _in_units(*inputs, dq)
     _DQ(
         (count * setup.heads * setup.batches,),
-        (*inputs, dq, far, *state, *setup.pointers),
-        (setup.options.scale, *setup.numbers(count, state[0]), *strides, *near, cut.table.queries),
+        (*inputs, dq, far, *state[:2], *setup.pointers, state[2]),
+        (setup.options.scale, *setup.numbers(count, state[0], state[2]), *strides, *near, cut.table.queries),
         (
             dim,
             padded_dim(dim),
@@ -1781,8 +2053,7 @@ def table_parts(diagonals: int, items: int, processors: int) -> int:
 def _table_gradient(
     setup: _Setup,
     dout: Tensor,
-    logsumexp: Tensor,
-    delta: Tensor,
+    state: tuple[Tensor, Tensor, Tensor | None],
     far: Tensor,
     dtable: Tensor,
     cut: BackwardBlocks,
@@ -1795,12 +2066,14 @@ def _table_gradient(
     parts = table_parts(setup.heads * offsets, setup.batches * count, device_facts(q)[0])
     sums = torch.empty((setup.heads, offsets, parts, tile.queries, tile.keys), dtype=torch.float32, device=q.device)
     strides, unit = _in_units(q, setup.k, setup.v, dout)
-    distances, _, mask, pairs, ranges, q_offsets, k_offsets, rng = setup.pointers
-    aligned = q_offsets is k_offsets if q.dim() == 3 else (setup.keys - setup.queries) % 16 == 0
+    distances, _, *pointers = setup.pointers
+    packed, (logsumexp, delta, words) = q.dim() == 3, state
+    same = setup.extras.q_offsets is setup.extras.k_offsets
+    aligned = same if packed else (setup.keys - setup.queries) % min(tile.keys, 64) == 0
     _DTABLE(
         (parts, offsets, setup.heads),
-        (q, setup.k, setup.v, dout, sums, logsumexp, delta, distances, mask, pairs, ranges, q_offsets, k_offsets, rng),
-        (setup.options.scale, *setup.numbers(count, logsumexp), *strides, setup.batches, parts, first),
+        (q, setup.k, setup.v, dout, sums, logsumexp, delta, distances, *pointers, words),
+        (setup.options.scale, *setup.numbers(count, logsumexp, words), *strides, setup.batches, parts, first),
         (
             dim,
             padded_dim(dim),

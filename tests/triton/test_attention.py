@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -318,15 +319,56 @@ def test_what_is_rounded_away_makes_the_gradient_exact_where_keys_are_alike(devi
     assert op.prepare(q.clone().requires_grad_(), k, v)[-1], "a call with a gradient keeps it"
     assert not op.prepare(q, k, v)[-1]
     arguments = (*op.prepare(q, k, v, causal=True, scale=0.05)[:-1], True)
-    out, sums, rest = kernels.launch_attention(*arguments)
+    out, sums, rest, kept = kernels.launch_attention(*arguments)
     assert rest.dtype == out.dtype
     wide = [x.detach().double() for x in (q, k, v)]
-    truth, *_ = op.attention_backward_reference(dout.double(), *wide, out, sums, rest, *arguments[3:], False)
+    truth, *_ = op.attention_backward_reference(dout.double(), *wide, out, sums, rest, kept, *arguments[3:], False)
     errors = []
-    for kept in (rest, rest.new_empty(0)):
-        dq, *_ = kernels.launch_attention_backward(dout, *arguments[:3], out, sums, kept, *arguments[3:], False)
+    for given in (rest, rest.new_empty(0)):
+        dq, *_ = kernels.launch_attention_backward(dout, *arguments[:3], out, sums, given, kept, *arguments[3:], False)
         errors.append((dq.double() - truth).norm() / truth.norm())
     assert errors[0] < errors[1] / 3, errors
+
+
+KEPT = ("T5 with dropout", "T5 with dropout, unaligned", "dropout, causal, grouped", "packed with everything")
+
+
+@pytest.mark.usefixtures("poisoned", "small")
+@pytest.mark.parametrize("name", KEPT)
+def test_what_dropout_kept_is_written_as_the_reference_does(name: str, device: torch.device) -> None:
+    """Where a probability is not zero; elsewhere nothing has to be written."""
+    case = ATTENTION_CASES[name]
+    tensors = case.tensors(drawer(torch.float16, device))
+    arguments = op.prepare(*tensors[:3], bias_table=tensors[3] if case.table else None, **case.options(device))
+    arguments = (*arguments[:-1], True)
+    extras, options, _ = op.split(arguments[3:])
+    ours, theirs = kernels.launch_attention(*arguments)[3], op.attention_reference(*arguments)[3]
+    assert ours.shape == theirs.shape
+    for part in op._parts(extras):
+        qs, ks = (
+            op._take(x, tokens, torch.float32, x.dim() == 3)
+            for x, tokens in ((tensors[0], part.queries), (tensors[1], part.keys))
+        )
+        ks = ks.repeat_interleave(qs.shape[1] // ks.shape[1], 1)
+        seen = op.pack_kept(op._probabilities(qs, ks, part.number, extras, options).p > 0)
+        if extras.q_offsets is not None:
+            first = part.queries.start // 64 + part.number
+            both = (x[None, :, : seen.shape[2], first : first + seen.shape[3]] for x in (ours, theirs))
+        else:
+            both = iter((ours, theirs))
+        found, expected = (x & seen for x in both)
+        assert expected.any()
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (64, 64), (70, 130)])
+def test_kept_bits_lie_where_they_are_said_to_lie(shape: tuple[int, int]) -> None:
+    kept = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    words = op.pack_kept(kept)
+    i, j = torch.arange(shape[0])[:, None], torch.arange(shape[1])[None, :]
+    place = i % 64 // 16 * 32 + j % 8 // 2 * 8 + i % 8
+    bit = j % 64 // 8 * 4 + j % 2 * 2 + i % 16 // 8
+    assert torch.equal((words[:, :, j // 64, i // 64, place] >> bit) & 1 == 1, kept)
 
 
 def test_launchers_check_first(device: torch.device) -> None:
@@ -335,7 +377,10 @@ def test_launchers_check_first(device: torch.device) -> None:
         kernels.launch_attention(*op.prepare(q, *(torch.zeros(1, 3, 5, 8, device=device),) * 2))
     arguments = op.prepare(q, q, q, dropout=-0.5)
     with pytest.raises(ConfigError, match=r"dropout: received -0\.5"):
-        kernels.launch_attention_backward(q, *arguments[:3], q, q[..., 0], q.new_empty(0), *arguments[3:], False)
+        kernels.launch_attention_backward(q, *arguments[:3], q, q[..., 0], *(q.new_empty(0),) * 2, *arguments[3:], False)
+    arguments = op.prepare(q, q, q, dropout=0.5)
+    with pytest.raises(ConfigError, match=r"kept: received shape \[0\].*\[1, 2, 1, 1, 128\].*keep=True in the forward"):
+        kernels.launch_attention_backward(q, *arguments[:3], q, q[..., 0], *(q.new_empty(0),) * 2, *arguments[3:], False)
 
 
 def test_what_is_far() -> None:
@@ -351,6 +396,8 @@ def test_what_is_far() -> None:
 
 def test_tiles_of_the_heuristic() -> None:
     assert [padded_dim(dim) for dim in (1, 16, 17, 80, 96, 128, 256)] == [16, 16, 32, 128, 128, 128, 256]
+    assert backward_blocks(64, 2, SHARED["sm_90"], True, 9).keys.registers == 168
+    assert backward_blocks(64, 2, SHARED["sm_90"], True, 10).keys.registers is None
     assert table_parts(36, 128, 132) == 11
     assert table_parts(36, 2, 132) == 2
     assert table_parts(1000, 128, 132) == 1
@@ -380,6 +427,7 @@ POINTERS = {
     "q_offsets_ptr": "*i32",
     "k_offsets_ptr": "*i32",
     "rng_ptr": "*i64",
+    "kept_ptr": "*i32",
     "buckets_ptr": "*i32",
 }
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536, "gfx950": 163_840}
@@ -394,6 +442,7 @@ PLAIN: dict[str, Any] = {
     "HAS_RIGHT": False,
     "DROPOUT": False,
     "REST": False,
+    "KEEP": False,
     "TABLE_GRADIENT": False,
     "DELTA": False,
     "APART": False,
@@ -402,10 +451,12 @@ PLAIN: dict[str, Any] = {
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "T5": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "HAS_RIGHT": True, "REST": True},
+    "T5 encoder": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "REST": True},
+    "T5, dropout": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "REST": True, "DROPOUT": True, "KEEP": True},
     "everything": {
         name: 2 if name == "RANGE" else True for name in PLAIN if name not in ("HAS_SLOPES", "ALIGNED", "DELTA", "APART")
     },
-    "ALiBi, dropout": {"HAS_SLOPES": True, "DROPOUT": True},
+    "ALiBi, dropout": {"HAS_SLOPES": True, "DROPOUT": True, "KEEP": True},
     "T5, padded": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "HAS_PAIRS": True},
     "sums": {"DELTA": True, "HAS_RIGHT": True},
     "grouped": {"APART": True, "HAS_RIGHT": True},
@@ -420,6 +471,7 @@ NEEDED = {
     "k_offsets_ptr": "PACKED",
     "rng_ptr": "DROPOUT",
     "rest_ptr": "REST",
+    "kept_ptr": "DROPOUT",
     "far_ptr": "TABLE_GRADIENT",
 }
 
@@ -433,7 +485,7 @@ def compiled(kernel: Any, kind: str, dtype: str, dim: int, tile: AttentionBlocks
     constants |= {"QUERIES": tile.queries, "KEYS": tile.keys, "STAGES": tile.stages}
     constants |= {pointer: None for pointer, flag in NEEDED.items() if not flags[flag]}
     names = kernel.arg_names
-    floats = ("scale", "inverse", "natural")
+    floats = ("scale", "inverse", "natural", "factor")
     signature = {
         name: POINTERS.get(name, f"*{dtype}") if name.endswith("_ptr") else "fp32" if name in floats else "i32"
         for name in names
@@ -466,24 +518,26 @@ def test_kernels_compile_for_every_target(
             compiled(kernel, kind, dtype, dim, tile, target, compile_for_all_targets)
 
 
-@pytest.mark.parametrize("kind", ["plain", "T5", "T5, padded", "ALiBi, dropout"])
+@pytest.mark.parametrize("kind", ["plain", "T5", "T5 encoder", "T5, dropout", "T5, padded", "ALiBi, dropout"])
 def test_nothing_spills_and_nothing_is_sorted_on_the_way(kind: str, compile_for_all_targets: Callable[..., Any]) -> None:
     """On an H200's kind of GPU at T5's and BERT's head size: bias and random mask are made where they are needed."""
-    backward = backward_blocks(64, 2, SHARED["sm_90"])
+    bare = kind == "T5 encoder"
+    backward = backward_blocks(64, 2, SHARED["sm_90"], bare, 9)
     forward = forward_blocks(64, 2, SHARED["sm_90"], KINDS[kind].get("HAS_TABLE", False), 9)
     for kernel, tile, allowed in (
         (kernels._attention_fwd_kernel, forward, 0),
-        (kernels._attention_dkdv_kernel, backward.keys, 128),  # with ALiBi and dropout; T5 nothing, with a mask of pairs 40
-        (kernels._attention_dq_kernel, backward.queries, 0),
+        (kernels._attention_dkdv_kernel, backward.keys, 160 if bare else 128),  # up to 40 where registers are not limited
+        (kernels._attention_dq_kernel, backward.queries, 16 if bare else 0),
     ):
-        plain = compiled(kernel, "plain", "bf16", 64, tile, "sm_90", compile_for_all_targets)
+        free = replace(tile, registers=None) if bare else tile
+        plain = compiled(kernel, "plain", "bf16", 64, free, "sm_90", compile_for_all_targets)
         built = compiled(kernel, kind, "bf16", 64, tile, "sm_90", compile_for_all_targets)
         assert built.spilled <= allowed, f"{kernel.__name__}: {built.registers} registers, {built.spilled} bytes spill"
         assert built.shared <= plain.shared + 2048, "a tile goes through shared memory"
         assert "wgmma.mma_async" in built.assembly
     if KINDS[kind].get("HAS_TABLE"):
         built = compiled(kernels._attention_dtable_kernel, kind, "bf16", 64, backward.table, "sm_90", compile_for_all_targets)
-        allowed = 128 if KINDS[kind].get("HAS_PAIRS") else 0  # 22 of 255 registers, once a tile of 128×128
+        allowed = 128 if KINDS[kind].get("HAS_PAIRS") else 16 if bare else 0  # 22 of 255 registers, once a tile of 128×128
         assert built.spilled <= allowed, f"{built.registers} registers, {built.spilled} bytes spill"
 
 
@@ -491,7 +545,7 @@ def test_other_kernels_compile_for_every_target(compile_for_all_targets: Callabl
     strides = dict.fromkeys(("o_batch", "o_head", "o_token", "g_batch", "g_head", "g_token"), "i32")
     numbers = dict.fromkeys(("heads", "queries", "blocks", "sum_batch", "sum_head"), "i32") | strides
     pointers = {"out_ptr": "*bf16", "rest_ptr": "*bf16", "dout_ptr": "*bf16", "delta_ptr": "*fp32", "q_offsets_ptr": "*i32"}
-    signature = {**pointers, **numbers}
+    signature = {**pointers, **numbers, "factor": "fp32"}
     constants: dict[str, Any] = {"DIM": 256, "WIDTH": 256, "UNIT": 16, "PACKED": True, "REST": True, "QUERIES": 64}
     compile_for_all_targets(kernels._attention_delta_kernel, signature, constants, spill_allowed=64)
     signature = {
