@@ -272,7 +272,7 @@ def candidates(case: AttentionCase, dtype: torch.dtype, device: torch.device) ->
     from oslo_fusion.triton.rows import device_facts
 
     shared = device_facts(torch.empty(0, device=device))[1]
-    major = torch.cuda.get_device_capability(device)[0]
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     bare = bool(case.table) and not (
         case.causal or case.window or case.dropout or case.padding or case.mask_sizes or case.packed
     )
