@@ -65,12 +65,13 @@ def has_hooks_inside(module: nn.Module, record: Record) -> bool:
     transformers' recorders stay once a model was asked for its attentions; they do nothing where nothing is being recorded.
     """
     parts = list(module._modules.values())
-    while parts:
-        part = parts.pop()
+    for part in parts:  # which grows as it goes: asked at every call, while the device may wait
         if part is None:
             continue
-        parts += part._modules.values()
-        hooked = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        held = part.__dict__
+        if held["_modules"]:
+            parts += held["_modules"].values()
+        hooked = held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"] or held["_backward_pre_hooks"]
         if hooked and not _only_idle_recorders(part):
             record.leave("a hook on a part of it: it runs as it is, so that the hook is called")
             return True

@@ -70,7 +70,7 @@ class Frame:
     Attributes:
         mode: what the head does: ``defer``; ``observe``: the head's own; ``exact``: the head's own in ``exact_dtype``.
         compact: leave ignored rows out of the matmuls.
-        counted: how many labels count, if that is on its way to the host.
+        counted: how many labels count, if that will be on its way to the host once the model before the head is launched.
         losses: how many fused losses were computed.
         leaves: while a plan is being proven, the head's input and weights, cut off from what was before.
     """
@@ -338,6 +338,8 @@ class DeferringHead(Standing):
             return type(head).forward(head, *args, **kwargs)
         x = args[0]
         if frame.mode == "defer" and self._may_defer(head, x):
+            if frame.counted is not None:  # the host is ahead of the device by a forward now, and the device need not wait
+                frame.counted.start()
             return defer(head, x, frame)
         if frame.proving:
             with torch.autocast(x.device.type, enabled=False) if frame.mode == "exact" else contextlib.nullcontext():
@@ -384,8 +386,7 @@ class FusedForward(Standing):
             with framed(None):
                 return own(model, *args, **kwargs)
         frame = Frame("defer", self.settings["compact"])
-        if frame.compact and type(labels) is Tensor and labels.is_cuda:
-            frame.counted = LabelCount(labels)
+        frame.counted = _count(labels) if frame.compact else None
         with framed(frame):
             output = own(model, *args, **kwargs)
         return finished(output, frame)
@@ -401,6 +402,11 @@ class FusedForward(Standing):
         as_dict = kwargs.get("return_dict")
         as_dict = getattr(model.config, "return_dict", True) if as_dict is None else as_dict
         return labels if as_dict else None
+
+
+def _count(labels: Any) -> LabelCount | None:
+    """The count of labels for whose number the host would wait."""
+    return LabelCount(labels) if type(labels) is Tensor and labels.is_cuda else None
 
 
 def finished(output: Any, frame: Frame) -> Any:

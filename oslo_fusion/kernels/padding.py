@@ -123,7 +123,13 @@ class Queued:
         if labels is not None:
             where, what = (valid[:, :-1], labels[:, 1:]) if shifted else (valid, labels)
             numbers.append(((what != IGNORED) > where).sum())
-        self._numbers = torch.cat([self.ends, torch.stack(numbers)])  # few launches, before which the device may be idle
+        found = torch.cat([self.ends, torch.stack(numbers)])  # few launches, before which the device may be idle
+        self._numbers = found
+        self._ready: torch.cuda.Event | None = None
+        if found.is_cuda:  # on their way at once, so that the host waits for nothing that is launched before it reads them
+            self._numbers = torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record(torch.cuda.current_stream(found.device))
 
     def packed(self, x: Tensor) -> Tensor:
         """``[rows, columns, ...]`` → ``[rows × columns, ...]``, the packed tokens first, then anything."""
@@ -138,6 +144,8 @@ class Queued:
 
     def read(self) -> Batch:
         """The one place where the host waits for the device."""
+        if self._ready is not None:
+            self._ready.synchronize()
         found, rows = self._numbers.tolist(), self.shape[0]
         lengths = [end - begin for begin, end in zip([0, *found], found[:rows], strict=False)]
         texts, (begins, later, *stray) = sum(length > 0 for length in lengths), found[rows:]

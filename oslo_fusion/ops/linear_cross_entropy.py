@@ -26,6 +26,7 @@ Malek, efficient_cross_entropy (github.com/mgmalek/efficient_cross_entropy), whi
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -222,8 +223,18 @@ _LIBRARY.impl(NAME, _default, "CompositeExplicitAutograd")
 torch.library.register_fake(f"oslo_fusion::{NAME}", _fake, lib=_LIBRARY)
 
 
+@functools.cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    """The stream that labels are counted on. Before others in turn, or the count would wait for a whole forward's blocks."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
 class LabelCount:
     """How many labels count, on its way to the host while a model runs, so that ``compact`` need not wait for the device there.
+
+    It is made where the labels are, and begun where the host has launched the model: it runs beside that, on a stream which
+    waits for what made the labels alone. Begun at once on the model's stream, its launches would be what the device waits for
+    before the model: 0.4 ms of a step of BERT-base on one NVIDIA H200.
 
     Args:
         labels: int64 of any shape, as they will be given to the loss.
@@ -231,28 +242,54 @@ class LabelCount:
     """
 
     def __init__(self, labels: Tensor, ignore_index: int = -100) -> None:
-        self._labels, self._ignored = labels, ignore_index
-        count = (labels != ignore_index).sum()
+        self._labels, self._ignored, self._version = labels, ignore_index, _version(labels)
+        self._number: Tensor | None = None
+        self._made: torch.cuda.Event | None = None
         self._ready: torch.cuda.Event | None = None
         if labels.is_cuda:
-            with torch.cuda.device(labels.device):  # whose stream counts, whatever device is current
-                self._number = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(count, non_blocking=True)
-                self._ready = torch.cuda.Event()
-                self._ready.record()
-        else:
-            self._number = count
+            with torch.cuda.device(labels.device):  # whose stream made them, whatever device is current
+                self._made = torch.cuda.Event()
+                self._made.record()
+
+    def start(self) -> None:
+        """Count; a second time does nothing."""
+        if self._number is not None:
+            return
+        if self._made is None:
+            self._number = (self._labels != self._ignored).sum()
+            return
+        stream = _beside(self._labels.device)
+        with torch.cuda.stream(stream):
+            stream.wait_event(self._made)
+            # Written as the numbers that are added up: a sum of truth values is a launch more, which converts them.
+            counts = torch.empty_like(self._labels)
+            torch.ne(self._labels, self._ignored, out=counts)
+            number = torch.empty((), dtype=torch.int64, pin_memory=True)
+            self._number = number.copy_(counts.sum(), non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
 
     def is_of(self, labels: Tensor, ignore_index: int) -> bool:
-        """Whether it is these labels that were counted."""
+        """Whether it is these labels that are counted, and that they were not written to since."""
         same = labels.data_ptr() == self._labels.data_ptr() and labels.numel() == self._labels.numel()
-        return same and labels.is_contiguous() and self._labels.is_contiguous() and ignore_index == self._ignored
+        same = same and _version(labels) == self._version and ignore_index == self._ignored
+        return same and labels.is_contiguous() and self._labels.is_contiguous()
 
     @property
     def number(self) -> int:
-        """The number; waits until it was counted, not for what was launched since."""
+        """The number; begins if need be, and waits until it is counted, not for what was launched since.
+
+        Who has it may write to the labels or let go of them: the other stream has read them.
+        """
+        self.start()
         if self._ready is not None:
             self._ready.synchronize()
+        assert self._number is not None
         return int(self._number)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 # --- the gradient ------------------------------------------------------------------------------------------------------------

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from oslo_fusion import initialize, report
 from oslo_fusion.graphs import TrainingGraphs, training
@@ -119,6 +121,58 @@ def test_what_a_graph_has_read_is_compared_before_a_replay() -> None:
     module.first.weight.requires_grad_(True)
     module.first.weight.data = module.first.weight.data.clone()
     assert not captured.is_current
+
+
+class Computing:
+    """Stands for a graph: does at a replay what it was made of."""
+
+    def __init__(self, replay: Callable[[], object]) -> None:
+        self.replay = replay
+
+
+def test_the_forward_is_replayed_before_autograd_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, log = nn.Linear(3, 2, bias=False), list[str]()
+    x = torch.randn(4, 3, requires_grad=True)
+    place, out, dout, dx, dw = (torch.full(s, torch.nan) for s in ((4, 3), (4, 2), (4, 2), (4, 3), (2, 3)))
+    weight = module.weight.detach()
+
+    def forward() -> None:
+        log.append("replay")
+        torch.mm(place, weight.t(), out=out)
+
+    def backward() -> None:
+        torch.mm(dout, weight, out=dx)
+        torch.mm(dout.t(), place, out=dw)
+
+    def told(*args: Any) -> Any:
+        log.append("autograd")
+        return real(*args)
+
+    real = training._Replay.apply
+    monkeypatch.setattr(training._Replay, "apply", told)
+    leaves, spec = pytree.tree_flatten(((x,), {}))
+    _, result_spec = pytree.tree_flatten(out)
+    pair = training.Pair(leaves, spec, training.Memory())
+    graphs: Any = (Computing(forward), Computing(backward))
+    pair.captured = captured = Captured(
+        *graphs, [place], [out], result_spec, [True], [out], [dout], [0], [module.weight], (dx, dw), [], [], 0
+    )
+    result = pair.replay(captured, leaves)
+    assert log == ["replay", "autograd"]
+    assert pair.memory.waits
+    result.square().sum().backward(retain_graph=True)
+    assert not pair.memory.waits
+    found = x.grad, module.weight.grad
+    x.grad = module.weight.grad = None
+    expected = module(x)
+    expected.square().sum().backward()
+    torch.testing.assert_close([result, *found], [expected, x.grad, module.weight.grad])
+    with pytest.raises(RuntimeError, match="a second backward"):
+        result.sum().backward()
+    result = pair.replay(captured, leaves)
+    assert pair.memory.waits
+    del result
+    assert not pair.memory.waits
 
 
 @gpu

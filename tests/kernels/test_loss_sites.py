@@ -520,3 +520,42 @@ def test_a_frame_ends_with_its_forward() -> None:
     with pytest.raises(ValueError, match="stop"), framed(Frame("defer", False)):
         raise ValueError("stop")
     assert deferred.current_frame() is None
+
+
+@pytest.mark.usefixtures("kernels_pretended")
+def test_labels_are_counted_once_the_model_before_the_head_was_launched(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = oslo_fusion.initialize(language_model("bert", build), WISH)
+    log: list[str] = []
+
+    class Noting(deferred.LabelCount):
+        def __init__(self, labels: Tensor) -> None:
+            super().__init__(labels)
+            log.append("labels")
+
+        def start(self) -> None:
+            log.append("count")
+            super().start()
+
+    monkeypatch.setattr(deferred, "_count", Noting)
+    model.base_model.register_forward_hook(lambda *_: log.append("model"))
+    ids = torch.randint(3, 90, (2, 6))
+    loss = model(input_ids=ids, labels=ids).loss
+    assert log[:3] == ["labels", "model", "count"]
+    monkeypatch.setattr(deferred, "_count", lambda labels: None)
+    torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, loss, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_labels_that_change_at_every_step_are_counted_right_on_a_gpu(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model = oslo_fusion.initialize(language_model("bert", build).to("cuda", torch.bfloat16), WISH)
+    ids = torch.randint(3, 90, (8, 32), device="cuda")
+    for step in range(50):
+        torch.cuda._sleep(1_000_000)
+        kept = torch.rand(ids.shape, device="cuda") < (step + 1) / 60
+        labels = torch.where(kept, ids, -100)
+        loss = model(input_ids=ids, labels=labels).loss
+        with monkeypatch.context() as patch:
+            patch.setattr(deferred, "_count", lambda labels: None)
+            assert torch.equal(model(input_ids=ids, labels=labels).loss, loss)

@@ -144,6 +144,39 @@ def test_a_count_is_of_its_labels_alone(device: torch.device) -> None:
     assert not counted.is_of(labels[1:], -100)
     assert not counted.is_of(labels.clone(), -100)
     assert not counted.is_of(labels.t(), -100)
+    labels[0, 0] = -100
+    assert not counted.is_of(labels, -100)
+
+
+def test_a_count_begins_when_it_is_told_to(device: torch.device) -> None:
+    labels = torch.randint(0, 7, (4, 6), device=device)
+    labels[1] = -100
+    counted = op.LabelCount(labels)
+    assert counted._number is None
+    counted.start()
+    first = counted._number
+    counted.start()
+    assert counted._number is first
+    assert counted.number == 18
+
+
+@pytest.mark.gpu
+def test_labels_are_counted_after_what_makes_them_and_beside_what_follows() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    op.LabelCount(torch.zeros(64, 512, dtype=torch.int64, device="cuda")).start()  # a first launch may wait for the device
+    for step in range(50):
+        torch.cuda._sleep(2_000_000)  # the count must not read before this has passed and the labels are there
+        labels = torch.where(torch.rand(64, 512, device="cuda") < (step + 1) / 60, step, -100)
+        expected = (labels != -100).sum()
+        counted = op.LabelCount(labels)
+        torch.cuda._sleep(100_000_000)  # about 0.05 s, for which the count must not wait
+        after = torch.cuda.Event()
+        after.record()
+        counted.start()
+        number = counted.number
+        assert not after.query()
+        assert number == int(expected)
 
 
 def test_strided_inputs_and_forbidden_words(device: torch.device) -> None:
