@@ -87,12 +87,17 @@ def test_the_loss_curve_is_eagers_within_its_spread() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("captured", [False, True])
 def test_the_loss_curve_on_a_gpu(captured: bool) -> None:
-    """Every kernel, in bfloat16, packed and not."""
-    eager = train(build("small").to("cuda", torch.bfloat16), range(4), "small")
+    """Every kernel, in bfloat16, packed and not; and another dropout is outside of it."""
+    device = torch.device("cuda")
+
+    def of(dropout: float = 0.1) -> Any:
+        return build("small", dropout).to(device, torch.bfloat16)
+
+    eager = train(of(), range(8), "small")
     aot = {"scope": "model", "cuda_graphs": True} if captured else True
     block = {"enable": True, "autotune": "off", "custom_cuda_kernels": ["all", "FusedLinearCrossEntropy"]}
     for padding_free in (False, True):
         settings = {**block, "memory_efficient_fusion": aot, "padding_free": padding_free}
-        model = oslo_fusion.initialize(build("small").to("cuda", torch.bfloat16), {"kernel_fusion": settings})
-        assert curves_apart(train(model, (11, 12), "small"), eager, 30) < 3
-    assert curves_apart(train(build("small", 0.0).to("cuda", torch.bfloat16), (0,), "small"), eager, 30) > 3
+        model = oslo_fusion.initialize(of(), {"kernel_fusion": settings})
+        assert curves_apart(train(model, range(11, 17), "small"), eager, 30) < 3
+    assert curves_apart(train(of(0.3), range(2), "small"), eager, 30) > 3

@@ -137,6 +137,44 @@ def test_lengths_and_head_sizes(dim: int, length: int, device: torch.device) -> 
     check(case, torch.float16, device, 2, f"{length}×{dim}")
 
 
+WHOLE_CASES = {
+    "encoder, dropout": AttentionCase(batch=1, queries=64, keys=64, scale=1.0, table="encoder", dropout=0.1),
+    "queries before the keys": AttentionCase(batch=1, queries=32, keys=64, causal=True, table="decoder"),
+    "shifted by half a tile": AttentionCase(batch=1, queries=32, keys=48, table="encoder"),
+    "padded, grouped": AttentionCase(batch=3, heads=2, kv_heads=1, queries=32, keys=32, padding="left", dropout=0.1),
+}
+
+
+@pytest.mark.usefixtures("poisoned", "small")
+@pytest.mark.parametrize("name", list(WHOLE_CASES))
+def test_tiles_that_lie_inside(name: str, device: torch.device) -> None:
+    """Loads have no masks there."""
+    check(WHOLE_CASES[name], torch.float16, device, 2, name)
+
+
+@pytest.mark.usefixtures("poisoned", "small")
+def test_a_batch_larger_than_a_grid(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = AttentionCase(batch=3, queries=20, keys=20, table="encoder", padding="right", dropout=0.1)
+    at_once = results(launch(case, device), [case.tensors(drawer(torch.float16, device))], torch.float16)
+    monkeypatch.setattr(kernels, "_MOST_BATCHES", 2)
+    for split, whole in zip(
+        results(launch(case, device), [case.tensors(drawer(torch.float16, device))], torch.float16), at_once, strict=True
+    ):
+        assert torch.equal(split, whole)
+
+
+@pytest.mark.gpu
+def test_a_batch_larger_than_a_grid_on_a_gpu() -> None:
+    case = AttentionCase(batch=65_600, heads=1, kv_heads=1, queries=3, keys=3, dim=16, dropout=0.1)
+    q, k, v = case.tensors(drawer(torch.float16, "cuda"))
+    y = launch(case, torch.device("cuda"))(q, k, v)
+    assert y[-70:].isfinite().all()
+    assert y[-70:].any(dim=-1).float().mean() > 0.9
+    free = AttentionCase(**{**case.__dict__, "dropout": 0.0})
+    y, truth = launch(free, torch.device("cuda"))(q, k, v), eager_attention(free)(*(t[-70:].double() for t in (q, k, v)))
+    torch.testing.assert_close(y[-70:].double(), truth, atol=2e-3, rtol=2e-3)
+
+
 LARGE = {
     "T5-base encoder": AttentionCase(heads=12, kv_heads=12, dim=64, scale=1.0, table="encoder", buckets=32, max_distance=128),
     "T5-base decoder": AttentionCase(
@@ -152,7 +190,7 @@ LARGE = {
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [333, 1000, 2048])
+@pytest.mark.parametrize("length", [333, 512, 1000, 2048])
 @pytest.mark.parametrize("name", list(LARGE))
 def test_the_law_holds_for_long_sequences(name: str, length: int, dtype: torch.dtype) -> None:
     case = LARGE[name]
@@ -398,9 +436,10 @@ def test_tiles_of_the_heuristic() -> None:
     assert [padded_dim(dim) for dim in (1, 16, 17, 80, 96, 128, 256)] == [16, 16, 32, 128, 128, 128, 256]
     assert backward_blocks(64, 2, SHARED["sm_90"], True, 9).keys.registers == 168
     assert backward_blocks(64, 2, SHARED["sm_90"], True, 10).keys.registers is None
-    assert table_parts(36, 128, 132) == 11
-    assert table_parts(36, 2, 132) == 2
-    assert table_parts(1000, 128, 132) == 1
+    assert table_parts([192, 224, 256, 224, 192], 12, 132) == (7, 37), "33 programs of a head, none far longer than the others"
+    assert table_parts([2, 2, 2], 12, 132) == (2, 1)
+    assert table_parts([128] * 1000, 1, 132) == (1, 128)
+    assert table_parts([0, 4, 0], 1, 132) == (4, 1)
     for dim, itemsize, shared in (
         (d, i, s) for d in (16, 64, 80, 128, 256) for i in (2, 4) for s in (65_536, 166_912, 232_448)
     ):
@@ -444,22 +483,32 @@ PLAIN: dict[str, Any] = {
     "REST": False,
     "KEEP": False,
     "TABLE_GRADIENT": False,
-    "DELTA": False,
+    "DELTA": 0,
     "APART": False,
     "ALIGNED": True,
+    "GROUPED": False,
+    "WHOLE_QUERIES": False,
+    "WHOLE_KEYS": False,
+    "WHOLE": False,
 }
+WHOLE = {"WHOLE_QUERIES": True, "WHOLE_KEYS": True, "WHOLE": True}
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "T5": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "HAS_RIGHT": True, "REST": True},
     "T5 encoder": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "REST": True},
+    "T5 encoder, whole": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "REST": True, **WHOLE},
     "T5, dropout": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "REST": True, "DROPOUT": True, "KEEP": True},
+    "T5, dropout, whole": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "REST": True, "DROPOUT": True, "KEEP": True, **WHOLE},
+    "BERT, whole": {"REST": True, "DROPOUT": True, "KEEP": True, **WHOLE},
     "everything": {
-        name: 2 if name == "RANGE" else True for name in PLAIN if name not in ("HAS_SLOPES", "ALIGNED", "DELTA", "APART")
+        name: 2 if name == "RANGE" else True
+        for name in PLAIN
+        if name not in ("HAS_SLOPES", "ALIGNED", "DELTA", "APART", *WHOLE)
     },
     "ALiBi, dropout": {"HAS_SLOPES": True, "DROPOUT": True, "KEEP": True},
     "T5, padded": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "HAS_PAIRS": True},
-    "sums": {"DELTA": True, "HAS_RIGHT": True},
-    "grouped": {"APART": True, "HAS_RIGHT": True},
+    "sums": {"DELTA": 1, "HAS_RIGHT": True},
+    "grouped": {"APART": True, "GROUPED": True, "HAS_RIGHT": True},
 }
 NEEDED = {
     "distances_ptr": "HAS_TABLE",
@@ -485,7 +534,7 @@ def compiled(kernel: Any, kind: str, dtype: str, dim: int, tile: AttentionBlocks
     constants |= {"QUERIES": tile.queries, "KEYS": tile.keys, "STAGES": tile.stages}
     constants |= {pointer: None for pointer, flag in NEEDED.items() if not flags[flag]}
     names = kernel.arg_names
-    floats = ("scale", "inverse", "natural", "factor")
+    floats = ("scale", "inverse", "natural", "factor", "share")
     signature = {
         name: POINTERS.get(name, f"*{dtype}") if name.endswith("_ptr") else "fp32" if name in floats else "i32"
         for name in names
@@ -518,10 +567,23 @@ def test_kernels_compile_for_every_target(
             compiled(kernel, kind, dtype, dim, tile, target, compile_for_all_targets)
 
 
-@pytest.mark.parametrize("kind", ["plain", "T5", "T5 encoder", "T5, dropout", "T5, padded", "ALiBi, dropout"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "plain",
+        "T5",
+        "T5 encoder",
+        "T5 encoder, whole",
+        "T5, dropout",
+        "T5, dropout, whole",
+        "BERT, whole",
+        "T5, padded",
+        "ALiBi, dropout",
+    ],
+)
 def test_nothing_spills_and_nothing_is_sorted_on_the_way(kind: str, compile_for_all_targets: Callable[..., Any]) -> None:
     """On an H200's kind of GPU at T5's and BERT's head size: bias and random mask are made where they are needed."""
-    bare = kind == "T5 encoder"
+    bare = kind.startswith("T5 encoder")
     backward = backward_blocks(64, 2, SHARED["sm_90"], bare, 9)
     forward = forward_blocks(64, 2, SHARED["sm_90"], KINDS[kind].get("HAS_TABLE", False), 9)
     for kernel, tile, allowed in (
@@ -542,12 +604,6 @@ def test_nothing_spills_and_nothing_is_sorted_on_the_way(kind: str, compile_for_
 
 
 def test_other_kernels_compile_for_every_target(compile_for_all_targets: Callable[..., Any]) -> None:
-    strides = dict.fromkeys(("o_batch", "o_head", "o_token", "g_batch", "g_head", "g_token"), "i32")
-    numbers = dict.fromkeys(("heads", "queries", "blocks", "sum_batch", "sum_head"), "i32") | strides
-    pointers = {"out_ptr": "*bf16", "rest_ptr": "*bf16", "dout_ptr": "*bf16", "delta_ptr": "*fp32", "q_offsets_ptr": "*i32"}
-    signature = {**pointers, **numbers, "factor": "fp32"}
-    constants: dict[str, Any] = {"DIM": 256, "WIDTH": 256, "UNIT": 16, "PACKED": True, "REST": True, "QUERIES": 64}
-    compile_for_all_targets(kernels._attention_delta_kernel, signature, constants, spill_allowed=64)
     signature = {
         "table_ptr": "*bf16",
         "buckets_ptr": "*i32",
@@ -560,7 +616,7 @@ def test_other_kernels_compile_for_every_target(compile_for_all_targets: Callabl
     signature = {"mask_ptr": "*i1", "range_ptr": "*i32", "keys": "i32", "batch_stride": "i32", "key_stride": "i32"}
     compile_for_all_targets(kernels._attention_range_kernel, signature, {"BLOCK": 1024})
     signature = {"parts_ptr": "*fp32", "buckets_ptr": "*i32", "diagonals_ptr": "*fp32", "first_offset": "i32", "reach": "i32"}
-    constants = {"COUNT": 32, "QUERIES": 128, "KEYS": 128, "ROWS": 16, "SPAN": 256}
+    constants: dict[str, Any] = {"COUNT": 32, "QUERIES": 128, "KEYS": 128, "ROWS": 16, "SPAN": 256}
     compile_for_all_targets(kernels._attention_dtable_diagonals_kernel, signature, constants)
     signature = {"diagonals_ptr": "*fp32", "far_ptr": "*fp32", "buckets_ptr": "*i32", "dtable_ptr": "*bf16"}
     signature |= dict.fromkeys(("heads", "batches", "blocks", "tiles", "reach"), "i32")
