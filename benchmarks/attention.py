@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.linear_cross_entropy import matmul_rate, peak_bytes
 from benchmarks.timing import copy_bandwidth, device_times, need_gpu, slug, within, write
-from oslo_fusion.ops.attention import attention, relative_position_bucket
+from oslo_fusion.ops.attention import attention, relative_position_bucket, split
 from oslo_fusion.ops.attention_cases import AttentionCase, eager_attention
 from oslo_fusion.ops.row_cases import drawer
 from oslo_fusion.testing import assert_close_to_reference
@@ -297,6 +297,13 @@ def candidates(case: AttentionCase, dtype: torch.dtype, device: torch.device) ->
     return result
 
 
+def kept(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The operator's arguments, such that the forward keeps what its backward reads."""
+    q, k, v, *rest = arguments
+    extras, options, _ = split(tuple(rest))
+    return q, k, v, *extras, *options._replace(keep=True)
+
+
 def sweep(name: str, case: AttentionCase, dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
     """Ours over the cuts of each kernel; a cut of the backward is timed with all of the backward around it."""
     from oslo_fusion.ops import attention as op
@@ -305,7 +312,7 @@ def sweep(name: str, case: AttentionCase, dtype: torch.dtype, device: torch.devi
     leaves = [t.detach() for t in case.tensors(drawer(dtype, device))]
     options = case.options(device)
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    arguments = op.prepare(*leaves[:3], bias_table=leaves[3] if case.table else None, **options)
+    arguments = kept(op.prepare(*leaves[:3], bias_table=leaves[3] if case.table else None, **options))
     out, *state = kernels.launch_attention(*arguments)
     g = drawer(dtype, device, 1)(*out.shape)
 
@@ -317,7 +324,7 @@ def sweep(name: str, case: AttentionCase, dtype: torch.dtype, device: torch.devi
 
         @staticmethod
         def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> Tensor:
-            ctx.arguments = op.prepare(q, k, v, bias_table=table, **small(case).options(device))
+            ctx.arguments = kept(op.prepare(q, k, v, bias_table=table, **small(case).options(device)))
             y, *state = kernels.launch_attention(*ctx.arguments, blocks=Cut.blocks)
             ctx.save_for_backward(y, *state)
             result: Tensor = y

@@ -39,6 +39,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from oslo_fusion.ops.attention import (
     UNLIMITED,
@@ -193,6 +194,15 @@ def _base(tensor_ptr, batch, head, first, batch_units, head_units, token_units, 
 
 
 @triton.jit
+def _chained(CHAIN: tl.constexpr):
+    """Where a kernel needs what the one before it wrote, and the one after it may begin: see :func:`_chain`."""
+    if CHAIN == 2:
+        gdc_wait()
+    if CHAIN > 0:
+        gdc_launch_dependents()
+
+
+@triton.jit
 def _tile(pointers, mask, WHOLE: tl.constexpr):
     """A tile, with zeros where there is nothing; WHOLE: there is no such place. A loop has 20 to 110 instructions less then."""
     return tl.load(pointers) if WHOLE else tl.load(pointers, mask=mask, other=0.0)
@@ -219,7 +229,7 @@ def _padding(range_ptr, batch, keys, RANGE: tl.constexpr):
 @triton.jit
 def _look_up(pointers):
     return tl.inline_asm_elementwise(
-        "ld.global.nc.f32 $0, [$1];", "=f,l", [pointers.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
+        "ld.global.f32 $0, [$1];", "=f,l", [pointers.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
     )
 
 
@@ -227,7 +237,7 @@ def _look_up(pointers):
 def _look_up_pair(pointers, ASM: tl.constexpr):
     if ASM > 0:
         x, y = tl.inline_asm_elementwise(
-            "ld.global.nc.v2.f32 {$0, $1}, [$2];",
+            "ld.global.v2.f32 {$0, $1}, [$2];",
             "=f,=f,l",
             [pointers.to(tl.int64)],
             dtype=(tl.float32, tl.float32),
@@ -303,7 +313,7 @@ def _bias(
 def _look_up_byte(pointers, ASM: tl.constexpr):
     if ASM > 0:
         result = tl.inline_asm_elementwise(
-            "ld.global.nc.u8 $0, [$1];", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+            "ld.global.u8 $0, [$1];", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
         )
     else:
         result = tl.load(pointers).to(tl.int32)
@@ -415,7 +425,7 @@ def _look_up_word(places, wanted, SPAN: tl.constexpr, ASM: tl.constexpr):
     wanted = tl.where(wanted, 1, 0) + zero
     if ASM > 0:
         KIND: tl.constexpr = "u32" if SPAN == 64 else "u16" if SPAN == 32 else "u8"
-        ASSEMBLY: tl.constexpr = "{.reg .pred p; setp.ne.u32 p, $2, 0; mov.u32 $0, 0; @p ld.global.nc." + KIND + " $0, [$1];}"
+        ASSEMBLY: tl.constexpr = "{.reg .pred p; setp.ne.u32 p, $2, 0; mov.u32 $0, 0; @p ld.global." + KIND + " $0, [$1];}"
         words = tl.inline_asm_elementwise(
             ASSEMBLY, "=r,l,r", [places.to(tl.int64), wanted], dtype=tl.int32, is_pure=True, pack=1
         )
@@ -606,22 +616,26 @@ def _logarithm(x, NATURAL: tl.constexpr, ASM: tl.constexpr):
     """Of the sums of a softmax: NATURAL, or to base 2. By the device's instruction it is 2⁻²² off, what p of half precision
     never shows; as written out it is 60 instructions for every warp."""
     if NATURAL:
-        return tl.log(x)
-    if ASM > 0:
-        return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
-    return tl.log2(x)
+        found = tl.log(x)
+    elif ASM > 0:
+        found = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        found = tl.log2(x)
+    return found
 
 
 @triton.jit
 def _rounded(x, KIND: tl.constexpr, ASM: tl.constexpr):
     """Two numbers by one instruction: the compiler takes one for each, at a fourth of the rate, if they are used once more."""
     if (ASM > 0) & KIND.is_bf16():
-        return tl.inline_asm_elementwise(
+        found = tl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
         )
-    if (ASM > 0) & KIND.is_fp16():
-        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
-    return x.to(KIND)
+    elif (ASM > 0) & KIND.is_fp16():
+        found = tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        found = x.to(KIND)
+    return found
 
 
 @triton.jit
@@ -653,7 +667,10 @@ def _slope(slopes_ptr, head, NATURAL: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["factor", "heads", "width"])
-def _attention_distances_kernel(table_ptr, buckets_ptr, distances_ptr, factor, heads, width, BLOCK: tl.constexpr):
+def _attention_distances_kernel(
+    table_ptr, buckets_ptr, distances_ptr, factor, heads, width, CHAIN: tl.constexpr, BLOCK: tl.constexpr
+):
+    _chained(CHAIN)
     head = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < width
@@ -791,6 +808,7 @@ def _attention_fwd_kernel(
     REST: tl.constexpr,
     KEEP: tl.constexpr,
     ASM: tl.constexpr,
+    CHAIN: tl.constexpr,
     WHOLE_QUERIES: tl.constexpr,
     WHOLE_KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -847,6 +865,7 @@ def _attention_fwd_kernel(
     k_ptrs = k_base + cols[None, :] * k_step + dims[:, None]
     v_step = v_token.to(tl.int64) * UNIT
     v_ptrs = v_base + cols[:, None] * v_step + dims[None, :]
+    _chained(CHAIN)
     for k0 in tl.range(low, high, KEYS, num_stages=STAGES):
         inside = k0 + cols < keys
         k_mask = inside[None, :] if DIM == WIDTH else inside[None, :] & (dims < DIM)[:, None]
@@ -1006,6 +1025,7 @@ def _attention_dkdv_kernel(
     GROUPED: tl.constexpr,
     FOLD: tl.constexpr,
     ASM: tl.constexpr,
+    CHAIN: tl.constexpr,
     APART: tl.constexpr,
     WHOLE_QUERIES: tl.constexpr,
     WHOLE_KEYS: tl.constexpr,
@@ -1045,6 +1065,7 @@ def _attention_dkdv_kernel(
     dv = tl.zeros((KEYS, WIDTH), dtype=tl.float32)
     all_dk, all_dv = dk, dv
     slope, kept_base = 0.0, kept_ptr
+    _chained(CHAIN)
     for member in range(0, groups if GROUPED else 1):
         head = kv_head * groups + member if GROUPED else kv_head
         q_base = _base(q_ptr, batch, head, first_query, q_batch, q_head, q_token, UNIT)
@@ -1239,6 +1260,7 @@ def _attention_dq_kernel(
     GROUPED: tl.constexpr,
     FOLD: tl.constexpr,
     ASM: tl.constexpr,
+    CHAIN: tl.constexpr,
     TABLE_GRADIENT: tl.constexpr,
     DELTA: tl.constexpr,
     REST: tl.constexpr,
@@ -1282,7 +1304,6 @@ def _attention_dq_kernel(
             rest_base = _base(rest_ptr, batch, head, first_query, o_batch, o_head, o_token, UNIT)
             out += _tile(rest_base + places, q_mask, WHOLE_QUERIES).to(tl.float32)
         delta = tl.sum(out * dout.to(tl.float32), axis=1) * share
-        tl.store(delta_ptr + sum_offset + q0 + rows, delta, mask=inside)
     elif DELTA == 1:
         delta = tl.zeros((QUERIES,), dtype=tl.float32)
     else:
@@ -1318,6 +1339,9 @@ def _attention_dq_kernel(
     k_ptrs = k_base + cols[:, None] * k_step + dims[None, :]
     v_step = v_token.to(tl.int64) * UNIT
     v_ptrs = v_base + cols[:, None] * v_step + dims[None, :]
+    _chained(CHAIN)
+    if DELTA == 0:
+        tl.store(delta_ptr + sum_offset + q0 + rows, delta, mask=inside)
     for k0 in tl.range(low, high, KEYS, num_stages=STAGES):
         k_inside = k0 + cols < keys
         k_mask = k_inside[:, None] if DIM == WIDTH else k_inside[:, None] & (dims < DIM)[None, :]
@@ -1464,6 +1488,7 @@ def _attention_dtable_kernel(
     ALIGNED: tl.constexpr,
     FOLD: tl.constexpr,
     ASM: tl.constexpr,
+    CHAIN: tl.constexpr,
     WHOLE: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -1482,8 +1507,9 @@ def _attention_dtable_kernel(
     g_step, v_step = g_token.to(tl.int64) * UNIT, v_token.to(tl.int64) * UNIT
     q_places, k_places = rows[:, None] * q_step + dims[None, :], cols[:, None] * k_step + dims[None, :]
     g_places, v_places = rows[:, None] * g_step + dims[None, :], cols[:, None] * v_step + dims[None, :]
-    last = tl.minimum((part + 1) * most, batches * count)  # of a short diagonal the last parts are empty
+    last = tl.minimum((part + 1) * most, batches * count)  # the last parts of a short diagonal are empty
     count = tl.maximum(count, 1)
+    _chained(CHAIN)
     for item in tl.range(part * most, last, num_stages=STAGES):
         batch, q0 = item // count, (low + item % count) * QUERIES
         first_query, sequence = _sequence(q_offsets_ptr, batch, queries, PACKED)
@@ -1578,12 +1604,14 @@ def _attention_dtable_diagonals_kernel(
     diagonals_ptr,
     first_offset,
     reach,
+    CHAIN: tl.constexpr,
     COUNT: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     ROWS: tl.constexpr,
     SPAN: tl.constexpr,
 ):
+    _chained(CHAIN)
     # A tile's sums by bucket. A column of what is read here is a distance, so each row is read from another place on.
     number = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     tile_ptr = parts_ptr + number.to(tl.int64) * (QUERIES * KEYS)
@@ -1613,11 +1641,13 @@ def _attention_dtable_sum_kernel(
     blocks,
     tiles,
     reach,
+    CHAIN: tl.constexpr,
     BUCKETS: tl.constexpr,
     COUNT: tl.constexpr,
     ROWS: tl.constexpr,
     FAR: tl.constexpr,
 ):
+    _chained(CHAIN)
     head = tl.program_id(0)
     names = tl.arange(0, COUNT)
     near = tl.zeros((ROWS, COUNT), dtype=tl.float32)
@@ -1794,20 +1824,6 @@ def _set_up(q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -
     heads, kv_heads, device = q.shape[1], k.shape[1], q.device
     distances = buckets = ranges = mask = pairs = None
     near, reach, range_kind = (0, 0), 0, 0
-    if extras.table is not None:
-        num_buckets = extras.table.shape[0]
-        near = near_distances(options.bidirectional, num_buckets, options.max_distance)
-        reach = options.max_distance + _REACH
-        buckets = _buckets(device, options.bidirectional, num_buckets, options.max_distance)
-        width = 2 * reach + 1
-        distances = torch.empty((heads, 2, width + 1), dtype=torch.float32, device=device)
-        _DISTANCES(
-            (heads, -(-width // 512)),
-            (extras.table.contiguous(), buckets, distances),
-            (_base_factor(q) if not _folds(q, extras, options) else 1.0 / options.scale, heads, width),
-            (512,),
-            4,
-        )
     if extras.key_mask is not None:
         mask = extras.key_mask if extras.key_mask.stride(1) == 1 else extras.key_mask.contiguous()
         ranges, range_kind = torch.empty((batches, 2), dtype=torch.int32, device=device), 2
@@ -1822,10 +1838,25 @@ def _set_up(q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -
         slopes=None if extras.slopes is None else extras.slopes.contiguous(),
         rng=None if extras.rng is None or not options.dropout else extras.rng.contiguous(),
     )
+    q, k, v = _dense_dim(q), _dense_dim(k), _dense_dim(v)
+    if extras.table is not None:
+        num_buckets = extras.table.shape[0]
+        near = near_distances(options.bidirectional, num_buckets, options.max_distance)
+        reach = options.max_distance + _REACH
+        buckets = _buckets(device, options.bidirectional, num_buckets, options.max_distance)
+        width = 2 * reach + 1
+        distances = torch.empty((heads, 2, width + 1), dtype=torch.float32, device=device)
+        _DISTANCES(
+            (heads, -(-width // 512)),
+            (extras.table.contiguous(), buckets, distances),
+            (_base_factor(q) if not _folds(q, extras, options) else 1.0 / options.scale, heads, width),
+            (_chain(q, batches, 1), 512),
+            4,
+        )
     return _Setup(
-        _dense_dim(q),
-        _dense_dim(k),
-        _dense_dim(v),
+        q,
+        k,
+        v,
         batches,
         heads,
         kv_heads,
@@ -1842,6 +1873,18 @@ def _set_up(q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -
         options,
         extras,
     )
+
+
+def _chain(q: Tensor, batches: int, place: int) -> int:
+    """The constant CHAIN: 1 for the first kernel of a call, 2 for one right after another of ours, 0 where that cannot be told.
+
+    The latter is launched when the programs of the one before have all begun, reads what was there before it, and waits for it
+    where it needs it. Without, each launch costs a microsecond or two of idle device, and T5's forward has two, its backward
+    six. Every kernel but the first waits, so that the end of one is the end of all before it. Between them torch may launch
+    nothing: what has to be copied is copied before the first.
+    """
+    one_launch_each = q.dtype != torch.float32 and batches <= _MOST_BATCHES
+    return place if one_launch_each and _reads_by_instruction(q) >= 9 else 0
 
 
 @functools.lru_cache(maxsize=64)
@@ -1895,6 +1938,7 @@ def launch_attention(
         count = -(-setup.queries // cut.queries)
         strides, unit = _in_units(setup.q, setup.k, setup.v, out)
         words = kept if kept.numel() else None
+        chain = _chain(q, setup.batches, 1 if setup.distances is None else 2)
         for first_batch, batches in setup.launches():
             _FORWARD(
                 (count, setup.heads, batches),
@@ -1916,6 +1960,7 @@ def launch_attention(
                     rest.numel() > 0,
                     words is not None,
                     _reads_by_instruction(q),
+                    chain,
                     *setup.whole(cut),
                     cut.queries,
                     cut.keys,
@@ -1923,6 +1968,7 @@ def launch_attention(
                 ),
                 cut.warps,
                 cut.registers,
+                chain == 2,
             )
     return out, sums, rest, kept
 
@@ -1954,14 +2000,15 @@ def launch_attention_backward(
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dtable.zero_()
     with on_device(q):
+        dout, words = _dense_dim(dout), kept.contiguous() if options.dropout else None
+        if rest.numel() and rest.stride() != out.stride():
+            rest = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device).copy_(rest)
         setup = _set_up(q, k, v, extras, options)
-        dout = _dense_dim(dout)
         dim, width = q.shape[-1], padded_dim(q.shape[-1])
         major = _reads_by_instruction(q)
         cut = blocks or backward_blocks(dim, q.element_size(), device_facts(q)[1], _is_bare(extras, options), major)
         delta = torch.empty(logsumexp.shape, dtype=torch.float32, device=q.device)
         inputs = (setup.q, setup.k, setup.v, dout)
-        words = kept.contiguous() if options.dropout else None
         state = (logsumexp, delta, words)
         # The diagonals of tiles in which a key is near.
         diagonal = cut.table
@@ -1981,6 +2028,7 @@ def launch_attention_backward(
         tile = cut.keys
         count = -(-setup.keys // tile.keys)
         strides, unit = _in_units(*inputs, dk)
+        chain = _chain(q, setup.batches, 2)
         for first_batch, batches in setup.launches():
             _DKDV(
                 (count, setup.kv_heads, batches),
@@ -1994,6 +2042,7 @@ def launch_attention_backward(
                     *setup.masks,
                     _folds(q, extras, options),
                     _reads_by_instruction(q),
+                    chain,
                     q.dtype == torch.float32 and setup.heads != setup.kv_heads,
                     *setup.whole(tile),
                     tile.queries,
@@ -2002,6 +2051,7 @@ def launch_attention_backward(
                 ),
                 tile.warps,
                 tile.registers,
+                chain == 2,
             )
 
         if table is not None:
@@ -2037,8 +2087,7 @@ def _walk_keys(
     tile, count, dim = cut.queries, -(-setup.queries // cut.queries.queries), setup.q.shape[-1]
     inputs = (setup.q, setup.k, setup.v, dout)
     (out, rest), of_result = result, delta == _SUMS_OF_RESULT
-    if rest.numel() and rest.stride() != out.stride():
-        rest = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device).copy_(rest)
+    chain = _chain(setup.q, setup.batches, 1 if setup.distances is None else 2)
     strides, unit = _in_units(*inputs, dq, out)
     # The kernels multiply by the share that dropout keeps where all is summed up, and not before it is subtracted.
     share = 1.0 / kept_scale(setup.options.dropout)
@@ -2066,6 +2115,7 @@ def _walk_keys(
                 *setup.masks,
                 _folds(setup.q, setup.extras, setup.options),
                 _reads_by_instruction(setup.q),
+                chain,
                 far is not None,
                 delta,
                 rest.numel() > 0,
@@ -2076,6 +2126,7 @@ def _walk_keys(
             ),
             tile.warps,
             tile.registers,
+            chain == 2,
         )
 
 
@@ -2136,6 +2187,7 @@ def _table_gradient(
     aligned = same if packed else (setup.keys - setup.queries) % min(tile.keys, 64) == 0
     # A tile on a diagonal lies inside of what there is as a whole, or outside, if it ends where the others do.
     whole = aligned and (setup.keys - setup.queries) % tile.keys == 0 and all(setup.whole(tile))
+    chain = _chain(q, setup.batches, 2)
     _DTABLE(
         (parts, offsets, setup.heads),
         (q, setup.k, setup.v, dout, sums, logsumexp, delta, distances, *pointers, words),
@@ -2148,6 +2200,7 @@ def _table_gradient(
             aligned,
             _folds(q, setup.extras, setup.options),
             _reads_by_instruction(q),
+            chain,
             whole,
             tile.queries,
             tile.keys,
@@ -2155,6 +2208,7 @@ def _table_gradient(
         ),
         tile.warps,
         tile.registers,
+        chain == 2,
     )
     buckets, span = dtable.shape[0], 1 << (tile.queries + tile.keys - 2).bit_length()
     width = 1 << (buckets - 1).bit_length()
@@ -2163,16 +2217,18 @@ def _table_gradient(
         (parts, offsets, setup.heads),
         (sums, setup.buckets, by_bucket),
         (first, setup.reach),
-        (width, tile.queries, tile.keys, 16, span),
+        (chain, width, tile.queries, tile.keys, 16, span),
         4,
+        early=chain == 2,
     )
     blocks = -(-setup.queries // cut.queries.queries)
     _DTABLE_SUM(
         (setup.heads,),
         (by_bucket, far, setup.buckets, dtable),
         (setup.heads, setup.batches, blocks, offsets * parts, setup.reach),
-        (buckets, width, 16, 1024),
+        (chain, buckets, width, 16, 1024),
         8,
+        early=chain == 2,
     )
 
 

@@ -43,6 +43,7 @@ class Kernel:
         constants: tuple[Any, ...],
         num_warps: int,
         registers: int | None = None,
+        early: bool = False,
     ) -> None:
         """Launch on the current device and stream.
 
@@ -53,6 +54,8 @@ class Kernel:
             constants: values of the ``tl.constexpr`` parameters.
             num_warps: warps per program.
             registers: at most so many per thread, None as many as the compiler takes. AMD's compiler is not told.
+            early: its programs may start while those of the kernel before it end, and wait for it themselves (NVIDIA's
+                programmatic dependent launch, compute capability 9). Only if that kernel is ours and says when.
         """
         first = pointers[0]
         assert first is not None
@@ -64,11 +67,13 @@ class Kernel:
         if _HIP:  # there triton also looks whether offsets into the tensor fit into 32 bits
             kinds += [p is not None and p.untyped_storage().size() < _WIDE for p in pointers]
         widths = [float if type(n) is float else -_WIDE <= n < _WIDE for n in numbers]
-        key = (device, num_warps, registers, constants, *kinds, *widths)
+        key = (device, num_warps, registers, early, constants, *kinds, *widths)
         compiled = self._compiled.get(key)
         if compiled is None:
-            limit = {} if registers is None or _HIP else {"maxnreg": registers}
-            self._compiled[key] = self.jitted[grid](*pointers, *numbers, *constants, num_warps=num_warps, **limit)
+            options: dict[str, Any] = {} if registers is None or _HIP else {"maxnreg": registers}
+            if early:
+                options["launch_pdl"] = True
+            self._compiled[key] = self.jitted[grid](*pointers, *numbers, *constants, num_warps=num_warps, **options)
             return
         grid = (*grid, 1, 1)[:3]
         compiled[grid](*pointers, *numbers, *constants, stream=torch._C._cuda_getCurrentRawStream(device))

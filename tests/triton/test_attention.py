@@ -530,7 +530,7 @@ def compiled(kernel: Any, kind: str, dtype: str, dim: int, tile: AttentionBlocks
     constants = {**flags, "DIM": dim, "WIDTH": padded_dim(dim), "UNIT": 16}
     major = int(target[3:]) // 10 if target.startswith("sm_") else 0
     folds = dtype != "fp32" and not flags["HAS_SLOPES"] and not (flags["HAS_TABLE"] and major >= 10)
-    constants |= {"ASM": major, "FOLD": folds}
+    constants |= {"ASM": major, "FOLD": folds, "CHAIN": 2 if major >= 9 and dtype != "fp32" else 0}
     constants |= {"QUERIES": tile.queries, "KEYS": tile.keys, "STAGES": tile.stages}
     constants |= {pointer: None for pointer, flag in NEEDED.items() if not flags[flag]}
     names = kernel.arg_names
@@ -597,6 +597,10 @@ def test_nothing_spills_and_nothing_is_sorted_on_the_way(kind: str, compile_for_
         assert built.spilled <= allowed, f"{kernel.__name__}: {built.registers} registers, {built.spilled} bytes spill"
         assert built.shared <= plain.shared + 2048, "a tile goes through shared memory"
         assert "wgmma.mma_async" in built.assembly
+        _, waits, rest = built.assembly.partition("griddepcontrol.wait")
+        assert waits
+        assert built.assembly.count("ld.global.v2.f32") == rest.count("ld.global.v2.f32"), "reads the bias before it is there"
+        assert built.assembly.count("st.global") == rest.count("st.global")
     if KINDS[kind].get("HAS_TABLE"):
         built = compiled(kernels._attention_dtable_kernel, kind, "bf16", 64, backward.table, "sm_90", compile_for_all_targets)
         allowed = 128 if KINDS[kind].get("HAS_PAIRS") else 16 if bare else 0  # 22 of 255 registers, once a tile of 128×128
@@ -612,15 +616,15 @@ def test_other_kernels_compile_for_every_target(compile_for_all_targets: Callabl
         "heads": "i32",
         "width": "i32",
     }
-    compile_for_all_targets(kernels._attention_distances_kernel, signature, {"BLOCK": 512})
+    compile_for_all_targets(kernels._attention_distances_kernel, signature, {"BLOCK": 512, "CHAIN": 0})
     signature = {"mask_ptr": "*i1", "range_ptr": "*i32", "keys": "i32", "batch_stride": "i32", "key_stride": "i32"}
     compile_for_all_targets(kernels._attention_range_kernel, signature, {"BLOCK": 1024})
     signature = {"parts_ptr": "*fp32", "buckets_ptr": "*i32", "diagonals_ptr": "*fp32", "first_offset": "i32", "reach": "i32"}
-    constants: dict[str, Any] = {"COUNT": 32, "QUERIES": 128, "KEYS": 128, "ROWS": 16, "SPAN": 256}
+    constants: dict[str, Any] = {"CHAIN": 0, "COUNT": 32, "QUERIES": 128, "KEYS": 128, "ROWS": 16, "SPAN": 256}
     compile_for_all_targets(kernels._attention_dtable_diagonals_kernel, signature, constants)
     signature = {"diagonals_ptr": "*fp32", "far_ptr": "*fp32", "buckets_ptr": "*i32", "dtable_ptr": "*bf16"}
     signature |= dict.fromkeys(("heads", "batches", "blocks", "tiles", "reach"), "i32")
-    constants = {"BUCKETS": 32, "COUNT": 32, "ROWS": 16, "FAR": 1024}
+    constants = {"CHAIN": 0, "BUCKETS": 32, "COUNT": 32, "ROWS": 16, "FAR": 1024}
     compile_for_all_targets(kernels._attention_dtable_sum_kernel, signature, constants, num_warps=8)
 
 
