@@ -279,8 +279,8 @@ def candidates(case: AttentionCase, dtype: torch.dtype, device: torch.device) ->
         case.causal or case.window or case.dropout or case.padding or case.mask_sizes or case.packed
     )
     chosen, backward = (
-        forward_blocks(case.dim, dtype.itemsize, shared, bool(case.table), major),
-        backward_blocks(case.dim, dtype.itemsize, shared, bare, major),
+        forward_blocks(case.dim, dtype.itemsize, shared, bool(case.table), major, case.dropout > 0),
+        backward_blocks(case.dim, dtype.itemsize, shared, bare, major, case.mask_sizes is not None),
     )
 
     def tiles(first: Any, rest: list[Tile]) -> list[Tile]:

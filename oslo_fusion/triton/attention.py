@@ -106,7 +106,9 @@ def padded_dim(dim: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def forward_blocks(dim: int, itemsize: int, shared: int, table: bool = False, major: int = 0) -> AttentionBlocks:
+def forward_blocks(
+    dim: int, itemsize: int, shared: int, table: bool = False, major: int = 0, dropout: bool = False
+) -> AttentionBlocks:
     """How the forward is cut.
 
     Args:
@@ -115,17 +117,20 @@ def forward_blocks(dim: int, itemsize: int, shared: int, table: bool = False, ma
         shared: bytes of shared memory that a program may use.
         table: whether T5's bias is looked up.
         major: compute capability of NVIDIA's device.
+        dropout: whether there is any.
     """
     width = padded_dim(dim)
     if itemsize == 4:  # multiplied without tensor cores: small tiles, or registers spill
         return AttentionBlocks(32, 32, 4, 1 if width > 64 else 2) if width <= 128 else AttentionBlocks(16, 32, 4, 1)
     if shared < 100_000:
         return AttentionBlocks(64, 32, 4, 1)
-    # One H200, head size 64, 64×64 with 4 warps and 128×64 with 8: T5 0.112 and 0.145 ms, BERT with dropout 0.259 and 0.254.
-    # Of 128 registers a thread, instead of 130, four programs run at once and not three; it costs 4 of 463 instructions.
-    # 0.098 ms with two tiles under way, 0.100 with three, 0.108 without the limit, 128×64 with 8 warps 0.105.
+    # One H200, head size 64. Of 128 registers a thread, instead of 130, four programs run at once and not three: T5 0.096 ms
+    # with three tiles under way, 0.097 with two, 0.108 without the limit, 128×64 with 8 warps 0.103. BERT with dropout 0.242,
+    # with 128×64 0.252.
     if table and width <= 64 and major == 9:
-        return AttentionBlocks(64, 64, 4, 2, 128)
+        return AttentionBlocks(64, 64, 4, 3, 128)
+    if dropout and width <= 64 and major == 9:
+        return AttentionBlocks(64, 64, 4, 3)
     if table and width <= 128:
         return AttentionBlocks(64, 64, 4, 3 if width <= 64 else 2)
     if width <= 64:
@@ -136,12 +141,15 @@ def forward_blocks(dim: int, itemsize: int, shared: int, table: bool = False, ma
 
 
 @functools.lru_cache(maxsize=256)
-def backward_blocks(dim: int, itemsize: int, shared: int, bare: bool = False, major: int = 0) -> BackwardBlocks:
+def backward_blocks(
+    dim: int, itemsize: int, shared: int, bare: bool = False, major: int = 0, pairs: bool = False
+) -> BackwardBlocks:
     """How the backward is cut.
 
     Args:
         dim, itemsize, shared, major: as of :func:`forward_blocks`.
         bare: whether there is T5's bias and nothing else: no dropout, mask, border or packed sequence.
+        pairs: whether there is a mask of pairs.
     """
     width = padded_dim(dim)
     if itemsize == 4:
@@ -151,16 +159,18 @@ def backward_blocks(dim: int, itemsize: int, shared: int, bare: bool = False, ma
         small = AttentionBlocks(32, 32, 4, 1)
         return BackwardBlocks(small, small, small)
     if width <= 64:
-        # The first spilled 30 to 140 bytes a thread (now 0 to 40), but was as fast as 32×64, which hardly did: T5 0.655 and
-        # 0.668 ms for the whole backward on one H200, BERT with dropout 1.000 and 0.996.
-        # The table's tile with T5's dropout: 0.671, 128×128 with 8 warps 0.694.
-        # On sm_80 it would spill 340 to 370, and 32×64 spills 24; not measured.
-        if bare and major == 9 and shared >= 200_000:
-            # So many programs run at once: three, four and three, where there were two, three and two. T5 on one H200, the
-            # whole backward: 0.403 ms by the first (0.412 without), 0.403 by the second (0.411), 0.393 by the third (0.412).
-            # 120, 16 and 8 bytes spill; with dropout 256, 32 and 120, a causal mask 304, 40 and 24: those have no limit.
-            limited = AttentionBlocks(64, 64, 4, 2, 168)
-            return BackwardBlocks(limited, AttentionBlocks(64, 64, 4, 2, 128), limited)
+        if major == 9 and shared >= 200_000:
+            # One H200, the whole backward. dk, dv with three tiles under way: BERT with dropout 0.507 ms, with two 0.582; T5
+            # 0.354 and 0.365, with 168 registers, three programs instead of two, and two tiles 0.346. dq with 128 registers,
+            # four programs instead of three: T5 0.346 (without 0.362), with dropout 0.441 (0.483), BERT 0.577 (0.583). The
+            # table's with 168: T5 0.346 (0.359), with dropout no difference.
+            # Up to 130 bytes of dk, dv spill with 168 registers where T5's bias is all there is; elsewhere more would.
+            return BackwardBlocks(
+                AttentionBlocks(64, 64, 4, 3, 168 if bare else None),
+                AttentionBlocks(64, 64, 4, 3) if pairs else AttentionBlocks(64, 64, 4, 2, 128),  # 88 bytes would spill
+                AttentionBlocks(64, 64, 4, 2, 168) if bare else AttentionBlocks(64, 64, 4, 3),
+            )
+        # On sm_80 64×64 would spill 340 to 370 bytes, and 32×64 spills 24; not measured.
         keys = AttentionBlocks(32 if shared < 200_000 else 64, 64, 4, 2)
         return BackwardBlocks(keys, AttentionBlocks(64, 64, 4, 3), AttentionBlocks(64, 64, 4, 3))
     if width <= 128:
@@ -351,6 +361,7 @@ def _scores(
     HAS_PAIRS: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    BORDERED: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     ASM: tl.constexpr,
@@ -358,7 +369,7 @@ def _scores(
 ):
     """Scale and bias (unless the exponent and the product have them), and masks, on a tile of products.
 
-    ``q``, ``k``: numbers in the tile, shaped along its dimensions.
+    ``q``, ``k``: numbers in the tile, shaped along its dimensions. BORDERED: not every tile is seen as a whole, masks apart.
     """
     start = k0 - q0 - shift  # the distance of the tile's first key and query
     if not FOLD:
@@ -368,18 +379,19 @@ def _scores(
             qk *= scale
     if HAS_SLOPES:
         qk -= slope * tl.abs((start + k).to(tl.float32) - q.to(tl.float32))
-    crossed = (k0 < begin) | (k0 + KEYS > end)
-    if HAS_LEFT:
-        crossed = crossed | (start < QUERIES - 1 - left)
-    if HAS_RIGHT:
-        crossed = crossed | (start + KEYS - 1 > right)
-    if crossed:
-        seen = (k0 + k >= begin) & (k0 + k < end)
+    if BORDERED:
+        crossed = (k0 < begin) | (k0 + KEYS > end)
         if HAS_LEFT:
-            seen = seen & (start + k - q >= -left)
+            crossed = crossed | (start < QUERIES - 1 - left)
         if HAS_RIGHT:
-            seen = seen & (start + k - q <= right)
-        qk = tl.where(seen, qk, float("-inf"))
+            crossed = crossed | (start + KEYS - 1 > right)
+        if crossed:
+            seen = (k0 + k >= begin) & (k0 + k < end)
+            if HAS_LEFT:
+                seen = seen & (start + k - q >= -left)
+            if HAS_RIGHT:
+                seen = seen & (start + k - q <= right)
+            qk = tl.where(seen, qk, float("-inf"))
     if HAS_MASK:
         inside = (k0 + k >= begin) & (k0 + k < end)
         seen = tl.load(mask_ptr + k0 + k, mask=inside, other=0) != 0
@@ -855,6 +867,7 @@ def _attention_fwd_kernel(
     low = low // KEYS * KEYS
     if q0 >= queries:
         high = low
+    BORDERED: tl.constexpr = not WHOLE_KEYS or RANGE != 0 or HAS_LEFT or HAS_RIGHT
     NATURAL: tl.constexpr = sums_ptr.dtype.element_ty == tl.float64
     SPAN: tl.constexpr = KEYS if KEYS < 64 else 64
     top = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
@@ -898,14 +911,16 @@ def _attention_fwd_kernel(
             HAS_PAIRS,
             HAS_LEFT,
             HAS_RIGHT,
+            BORDERED,
             QUERIES,
             KEYS,
             ASM,
             FOLD,
         )
         higher = tl.maximum(top, tl.max(s, axis=1))
-        # Where nothing was seen yet, -inf - -inf would be NaN.
-        zero = tl.where(higher == float("-inf"), 0.0, higher)
+        zero = higher
+        if BORDERED or HAS_MASK or HAS_PAIRS:  # where nothing was seen yet, -inf - -inf would be NaN
+            zero = tl.where(higher == float("-inf"), 0.0, higher)
         if FOLD:  # one multiply-add for scale and maximum
             p = tl.exp2(s * scale - (zero * scale)[:, None])
             shrink = tl.exp2((top - zero) * scale)
@@ -1059,6 +1074,7 @@ def _attention_dkdv_kernel(
     low = low // QUERIES * QUERIES
     if (k0 >= end) | (k0 + KEYS <= begin):
         high = low
+    BORDERED: tl.constexpr = not WHOLE_KEYS or RANGE != 0 or HAS_LEFT or HAS_RIGHT
     NATURAL: tl.constexpr = sums_ptr.dtype.element_ty == tl.float64
     # APART: queries of each head of a group are summed alone first, as eager code does. One sum over four is twice as wrong.
     dk = tl.zeros((KEYS, WIDTH), dtype=tl.float32)
@@ -1129,6 +1145,7 @@ def _attention_dkdv_kernel(
                 HAS_PAIRS,
                 HAS_LEFT,
                 HAS_RIGHT,
+                BORDERED,
                 QUERIES,
                 KEYS,
                 ASM,
@@ -1331,6 +1348,7 @@ def _attention_dq_kernel(
     # What lies before and after the tiles that the table's kernel walks over shares one bucket on each side.
     near_first += q0 // near_block * near_block + shift
     near_last += q0 // near_block * near_block + shift
+    BORDERED: tl.constexpr = not WHOLE_KEYS or RANGE != 0 or HAS_LEFT or HAS_RIGHT
     NATURAL: tl.constexpr = sums_ptr.dtype.element_ty == tl.float64
     far_left = tl.zeros((QUERIES,), dtype=tl.float32)
     far_right = tl.zeros((QUERIES,), dtype=tl.float32)
@@ -1374,6 +1392,7 @@ def _attention_dq_kernel(
             HAS_PAIRS,
             HAS_LEFT,
             HAS_RIGHT,
+            BORDERED,
             QUERIES,
             KEYS,
             ASM,
@@ -1500,6 +1519,7 @@ def _attention_dtable_kernel(
     head = tl.program_id(2)
     rows, cols, dims = tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, WIDTH)
     distances_ptr += head.to(tl.int64) * (4 * reach + 4)
+    BORDERED: tl.constexpr = not WHOLE or RANGE != 0 or HAS_LEFT or HAS_RIGHT
     NATURAL: tl.constexpr = sums_ptr.dtype.element_ty == tl.float64
     total = tl.zeros((QUERIES, KEYS), dtype=tl.float32)
     low, count = _tiles_of(offset, queries, keys, blocks, PACKED, QUERIES, KEYS)
@@ -1564,6 +1584,7 @@ def _attention_dtable_kernel(
             HAS_PAIRS,
             HAS_LEFT,
             HAS_RIGHT,
+            BORDERED,
             QUERIES,
             KEYS,
             ASM,
@@ -1933,7 +1954,12 @@ def launch_attention(
     with on_device(q):
         setup = _set_up(q, k, v, extras, options)
         cut = blocks or forward_blocks(
-            q.shape[-1], q.element_size(), device_facts(q)[1], extras.table is not None, _reads_by_instruction(q)
+            q.shape[-1],
+            q.element_size(),
+            device_facts(q)[1],
+            extras.table is not None,
+            _reads_by_instruction(q),
+            options.dropout > 0.0,
         )
         count = -(-setup.queries // cut.queries)
         strides, unit = _in_units(setup.q, setup.k, setup.v, out)
@@ -2006,7 +2032,9 @@ def launch_attention_backward(
         setup = _set_up(q, k, v, extras, options)
         dim, width = q.shape[-1], padded_dim(q.shape[-1])
         major = _reads_by_instruction(q)
-        cut = blocks or backward_blocks(dim, q.element_size(), device_facts(q)[1], _is_bare(extras, options), major)
+        cut = blocks or backward_blocks(
+            dim, q.element_size(), device_facts(q)[1], _is_bare(extras, options), major, extras.mask is not None
+        )
         delta = torch.empty(logsumexp.shape, dtype=torch.float32, device=q.device)
         inputs = (setup.q, setup.k, setup.v, dout)
         state = (logsumexp, delta, words)
