@@ -52,7 +52,9 @@ def _fuse(graph: fx.Graph, out: fx.Node) -> bool:
     if activation is None or activation[1] not in GELUS or not _is(activation[0], _LINEAR):
         return False
     linear, formula, inside = activation
-    if any(user not in inside and user not in between and user is not out for n in (linear, *inside, *between) for user in n.users):
+    if any(
+        user not in inside and user not in between and user is not out for n in (linear, *inside, *between) for user in n.users
+    ):
         return False
     weight, bias = _argument(linear, 1, "weight"), _argument(linear, 2, "bias")
     arguments = (linear.args[0], weight, bias, _argument(out, 1, "weight"), _argument(out, 2, "bias"))

@@ -64,7 +64,9 @@ def _check_alike(first: Tensor, others: dict[str, Optional], name: str) -> None:
         if tensor is not None and tensor.dtype != first.dtype:
             raise _error(other, f"dtype {tensor.dtype}", f"{first.dtype}, that of {name}", f"{other}.to({name}.dtype)")
         if tensor is not None and tensor.device != first.device:
-            raise _error(other, f"a tensor on {tensor.device}", f"{first.device}, where {name} is", f"{other}.to({name}.device)")
+            raise _error(
+                other, f"a tensor on {tensor.device}", f"{first.device}, where {name} is", f"{other}.to({name}.device)"
+            )
 
 
 def _check_activation(activation: str) -> None:

@@ -93,7 +93,10 @@ def test_bert_obeys_the_law_with_two_lengths_accumulated(options: dict[str, Any]
 
 class Network(nn.Module):
     def __init__(
-        self, activation: Callable[[Tensor], Tensor] = F.gelu, after: Callable[[Tensor], Tensor] = lambda h: h, bias: bool = True
+        self,
+        activation: Callable[[Tensor], Tensor] = F.gelu,
+        after: Callable[[Tensor], Tensor] = lambda h: h,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(8, 24, bias=bias), nn.Linear(24, 8)
@@ -105,6 +108,7 @@ class Network(nn.Module):
 
 def compiled(model: nn.Module, x: Tensor, **options: Any) -> int:
     """A step; how many sites there were. Gradients are near those of the model as it is."""
+    torch._dynamo.reset()  # else the next is another version of the last one's function
     twin, made = copy.deepcopy(model), Backend(compiler="eager", **options)
     result, expected = torch.compile(model, backend=made, fullgraph=True)(x), twin(x)
     result.float().square().sum().backward()
