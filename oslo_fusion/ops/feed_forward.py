@@ -2,8 +2,8 @@
 
     y = gelu(x W1ᵀ + b1) W2ᵀ + b2        gelu: exact, or in its tanh form
 
-Shapes: ``x`` ``[*batch, dim]``, ``weight`` ``[inner, dim]``, ``bias`` ``[inner]``, ``out_weight`` ``[out, inner]``, ``out_bias``
-``[out]`` or None, ``y`` ``[*batch, out]``.
+Shapes: ``x`` ``[*batch, dim]``, ``weight`` ``[inner, dim]``, ``bias`` ``[inner]``, ``out_weight`` ``[out, inner]``,
+``out_bias`` ``[out]`` or None, ``y`` ``[*batch, out]``.
 
 The backward needs three things of the pre-activation h = x W1ᵀ + b1 and of the gradient of GELU's output: that output again,
 for the gradient of ``out_weight``; dh, for those of ``x`` and ``weight``; and the sum of dh over all rows, which is the
@@ -116,9 +116,9 @@ def gelu_backward_in_place(dact: Tensor, h: Tensor, activation: str) -> tuple[Te
 
 
 # --- the operator ------------------------------------------------------------------------------------------------------------
-# The forward is made of operators that exist: a compiler fuses GELU with nothing, and makes it by the formulas of its own. Of the
-# backward only what ends in the three results is ours; the matmuls after it stay visible. The one before it is inside, because
-# its result becomes dh where it lies: an operator that writes into its argument would be copied where a compiler is not sure.
+# The forward is made of operators that exist, which a compiler fuses as before. Of the backward only what ends in the three
+# results is ours; the matmuls after it stay visible. The one before it is inside, because its result becomes dh where it lies:
+# the argument of an operator that writes into it is copied where a compiler is not sure that nobody else reads it.
 
 _LIBRARY = torch.library.Library("oslo_fusion", "FRAGMENT")
 _BACKWARD = f"{NAME}_backward"

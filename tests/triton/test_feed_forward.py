@@ -18,7 +18,7 @@ from oslo_fusion.triton import feed_forward as kernels
 from oslo_fusion.triton.feed_forward import FeedForwardBlocks, feed_forward_blocks
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SHAPES = ((1, 13), (37, 96), (130, 300), (9, 1032))
+SHAPES = ((1, 13), (37, 96), (45, 300), (9, 1032))
 NAMES = ("dh", "act", "dbias")
 
 
