@@ -196,5 +196,9 @@ def test_autocast() -> None:
 def test_inductor_takes_the_operator(calls: list[int]) -> None:
     model = Network().bfloat16()
     made = Backend()
-    torch.compile(model, backend=made)(X).sum().backward()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        result = torch.compile(model, backend=made)(X)
+    result.sum().backward()
+    assert sum(t.shape[-1] == 24 and t.numel() == 5 * 24 for t in kept) == 1, "the pre-activation, not GELU's output"
     assert (calls, made.record.graphs[0].feed_forwards) == ([5], 1)
