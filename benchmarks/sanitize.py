@@ -220,6 +220,17 @@ def _mlps(cuda: bool) -> Iterator[Case]:
         weights = (draw(inner, dim) / dim, draw(inner, dim) / dim, draw(dim, inner) / inner)
         run = functools.partial(_forward_and_backward, functools.partial(gated_mlp, activation=activation), lambda t: t, 0)
         yield Case(f"gated_mlp, {activation}, {dim} and {inner}", (draw(3, 7, dim), *weights), run)
+    feed_forward = _find("feed_forward", "feed_forward")
+    if feed_forward is None:
+        return
+    # A column that is not full, and several programs of tiles of which the last is not.
+    for (rows, dim, inner), dtype, activation in zip(
+        ((21, 13, 33), (131, 48, 320)), DTYPES, ("gelu", "gelu_tanh"), strict=False
+    ):
+        draw = drawer(dtype)
+        given = (draw(rows, dim), draw(inner, dim) / dim, draw(inner), draw(dim, inner) / inner, draw(dim))
+        run = functools.partial(_forward_and_backward, functools.partial(feed_forward, activation=activation), lambda t: t, 0)
+        yield Case(f"feed_forward, {activation}, {rows}, {dim} and {inner}", given, run)
 
 
 def _rotations(cuda: bool) -> Iterator[Case]:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, fx
 
 from oslo_fusion.aot.error_functions import shorten_error_functions
+from oslo_fusion.aot.feed_forwards import fuse_feed_forwards
 from oslo_fusion.aot.gated_mlps import CUT_AT, Parts, cut_gated_mlps
 from oslo_fusion.aot.masks import simplify_masks
 from oslo_fusion.aot.record import Break, Graph, Record
@@ -75,7 +76,8 @@ class Backend:
         activation_memory_budget: 1 keeps what min-cut finds fastest, 0 recomputes everything in the backward but what is
             random, as checkpointing the whole graph would; between them the dearest to recompute is kept, up to this share of
             memory. Up to a quarter, gated MLPs have their backward in parts, unless there are replacements, of which one may
-            be part of them.
+            be part of them. At every budget, and under the same condition, GELU's gradient and that of the bias before it
+            are one kernel.
         passes: called in order with each graph of ATen and ``oslo_fusion::`` operators, forward and backward apart, just
             before Inductor generates its code. They change the graph in place.
         replacements: one's own kernels in place of patterns.
@@ -125,12 +127,14 @@ class Backend:
             patches["fallback_random"] = True
         start = time.perf_counter()
         parts = cut_gated_mlps(graph) if self.activation_memory_budget <= CUT_AT and not self._replaces else Parts()
+        fused = 0 if self._replaces else fuse_feed_forwards(graph)
         # At exactly 0 the partitioner forgets what must be kept; the smallest budget above it gives the same otherwise.
         budget = max(self.activation_memory_budget, 1e-9)
         partition = {name: value for name, value in _PARTITION.items() if hasattr(functorch_config, name)}
         with functorch_config.patch(**partition, activation_memory_budget=budget):
             compiled: Any = compile_fx(graph, example_inputs, config_patches=patches or None, **inner)
-        self.record.graphs.append(replace(written(time.perf_counter() - start), parts=parts.cut, whole=parts.whole))
+        done = written(time.perf_counter() - start)
+        self.record.graphs.append(replace(done, parts=parts.cut, whole=parts.whole, feed_forwards=fused))
         return compiled  # type: ignore[no-any-return]
 
 
