@@ -1,7 +1,10 @@
 """Norms: ours beside what people use, checked first, on device time and on host time.
 
     python -m benchmarks.norms --out DIR --op rms_norm   the table of an operation; --resume goes on where a run stopped
+    python -m benchmarks.norms --out DIR --shapes 4096x768:float32,32768x16384:bfloat16
+                                                         only these shapes; all other rows of DIR stay, each with its commit
     python -m benchmarks.norms --out DIR --sweep         ours only, over tiles: what the heuristics are chosen from
+    python -m benchmarks.norms --sweep --rows-that-miss  only where a peer is ahead or too little of the bandwidth is reached
     python -m benchmarks.norms --dry                     no GPU: every code path on tiny shapes, with the references
 
 How it is measured: :mod:`benchmarks.timing`. Nearly all of the time is compilation, so processes of their own first compile,
@@ -493,8 +496,48 @@ def earlier(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     record = json.loads(path.read_text(encoding="utf-8"))
-    same = record["device"] == torch.cuda.get_device_name() and record["commit"] == commit()
-    return list(record["results"]) if same else []
+    if record["device"] != torch.cuda.get_device_name():
+        return []
+    return [row for row in record["results"] if row.get("commit", record["commit"]) == commit()]
+
+
+def parse_shapes(text: str) -> set[tuple[int, int, str]]:
+    """Rows, width and dtype of each shape in ``4096x768:float32,...``; all must be in the table."""
+    known = {(rows, width, str(dtype).removeprefix("torch.")) for rows, width in SHAPES for dtype in (_HALF, _FULL)}
+    found = set()
+    for word in text.split(","):
+        shape, _, dtype = word.strip().partition(":")
+        rows, _, width = shape.partition("x")
+        if not (rows.isdecimal() and width.isdecimal() and (int(rows), int(width), dtype) in known):
+            names = ", ".join(sorted(f"{rows}x{width}:{dtype}" for rows, width, dtype in known))
+            raise argparse.ArgumentTypeError(f"got {word!r}; write ROWSxWIDTH:DTYPE, of these: {names}")
+        found.add((int(rows), int(width), dtype))
+    return found
+
+
+def with_origin(path: Path, device: str) -> list[dict[str, Any]]:
+    """The rows of earlier runs, each with the commit that it is of and the copy bandwidth of its run.
+
+    Raises:
+        SystemExit: the file is another kind of device's, with whose rows these cannot stand in one table.
+    """
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["device"] != device:
+        raise SystemExit(f"{path} was measured on {record['device']}, this is {device}: give --out another folder")
+    origin = {"commit": record["commit"], "copy_tb_per_s": record["copy_tb_per_s"]}
+    return [origin | row for row in record["results"]]
+
+
+def merged(kept: list[dict[str, Any]], measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of both; what was measured again replaces what was kept, and a shape that was left out keeps its row."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("op", "mode", "rows", "width", "dtype"))
+
+    again = {key(row) for row in measured}
+    return [*(row for row in kept if key(row) not in again), *measured]
 
 
 def main() -> None:
@@ -508,8 +551,16 @@ def main() -> None:
         "--resume", action="store_true", help="keep the rows that --out has of this commit, and measure the others"
     )
     parser.add_argument("--seconds", type=float, default=300.0, help="start no shape after this long; what is left out is said")
+    parser.add_argument(
+        "--shapes", type=parse_shapes, help="only these, such as 4096x768:float32,...; other rows of --out are kept"
+    )
+    parser.add_argument("--rows-that-miss", action="store_true", help="of --sweep, only what does not reach its goal")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.shapes and (options.sweep or options.resume):
+        parser.error("--shapes measures these shapes of the table again: leave out --sweep and --resume")
+    if options.rows_that_miss and not options.sweep:
+        parser.error("--rows-that-miss chooses among the shapes of --sweep: add --sweep")
     if options.dry:
         dry()
         return
@@ -524,19 +575,25 @@ def main() -> None:
     kept = [row for path in paths.values() for row in earlier(path)] if options.resume else []
     there = {(row["op"], row["rows"], row["width"], f"torch.{row['dtype']}") for row in kept}
     if options.sweep:
-        todo: list[Any] = [job for job in SWEEPS if job.op in ops]
+        todo: list[Any] = [job for job in SWEEPS if job.op in ops and (job.behind or not options.rows_that_miss)]
     else:
         todo = [
             (op, rows, width, dtype)
             for (rows, width), op, dtype in itertools.product(SHAPES, ops, (_HALF, _FULL))
             if (op, rows, width, str(dtype)) not in there
+            and (not options.shapes or (rows, width, str(dtype).removeprefix("torch.")) in options.shapes)
         ]
+    if options.shapes:  # before anything is compiled: a file that these rows cannot join is said at once
+        kept = [row for path in paths.values() for row in with_origin(path, torch.cuda.get_device_name())]
     checks = [*todo, *(small for small in SMALL if small[0] in ops)] if options.sweep else todo
     if options.worker:
         number, workers = map(int, options.worker.split("/"))
         raise SystemExit(work(checks[number::workers], device))
     arguments = [word for op in ops for word in ("--op", op)]
     arguments += ["--sweep"] if options.sweep else []
+    arguments += ["--rows-that-miss"] if options.rows_that_miss else []
+    if options.shapes:
+        arguments += ["--shapes", ",".join(f"{rows}x{width}:{dtype}" for rows, width, dtype in sorted(options.shapes))]
     if options.out is not None and options.resume:
         arguments += ["--out", str(options.out), "--resume"]
     complete, red = prepare_apart(arguments, len(checks)) if checks else (True, set())
@@ -557,9 +614,11 @@ def main() -> None:
     )
     results, left_out = within(options.seconds - (time.perf_counter() - begin), jobs, line)
     print(f"{time.perf_counter() - begin:.0f} s in all")
+    if options.shapes:
+        results = [{"commit": commit(), "copy_tb_per_s": round(roof / 1e12, 3)} | row for row in results]
     for op, path in paths.items():
         rows = sorted(
-            (row for row in (*kept, *results) if row["op"] == op),
+            (row for row in merged(kept, results) if row["op"] == op),
             key=lambda row: (row["rows"] != 8, -row["rows"], row["width"], row["dtype"]),
         )
         write(path, roof, rows, [job for job in left_out if job.startswith(op)])

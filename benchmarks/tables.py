@@ -150,6 +150,11 @@ def _provenance(result: Result, link: Callable[[Path], str]) -> str:
         pieces.insert(0, f"driver {facts['driver']}")
     if facts["commit"] and facts["commit"] != "unknown":
         pieces.append(f"commit `{facts['commit'][:10]}`")
+    rows = result.data.get("results")
+    others = dict.fromkeys(row["commit"] for row in rows if "commit" in row) if isinstance(rows, list) else {}
+    others.pop(facts["commit"], None)
+    if others:  # shapes that were measured again stand beside older ones
+        pieces.append("other rows " + ", ".join(f"`{commit[:10]}`" for commit in others))
     count = {1: "one", 2: "two"}[result.data.get("world", 1)]
     return f"[{result.path.name}]({link(result.path)}): {count} {facts['device']}, {', '.join(pieces)}"
 

@@ -9,9 +9,11 @@ from oslo_fusion.triton.rows import (
     MAX_COLUMNS,
     as_rows,
     backward_blocks,
+    even_programs,
     forward_blocks,
     no_weight_blocks,
     stride_unit,
+    wide_backward_blocks,
 )
 
 DIMS = (1, 13, 64, 768, 1000, 1024, 4096, 4097, 8192, 16384)
@@ -58,6 +60,20 @@ def test_backward_tiles_wait_in_the_shared_memory_there_is(dim: int, itemsize: i
     assert (blocks.stages - 1) * waiting * (blocks.programs // 132) < shared
     assert backward_blocks(dim, itemsize, itemsize, 3, loads, 132, shared).programs <= 3
     assert blocks.reload == (dim > MAX_COLUMNS // 2)
+
+
+@pytest.mark.parametrize("tiles", [1, 5, 131, 132, 133, 4096, 32768])
+def test_tiles_are_shared_evenly_by_as_few_programs_as_take_no_longer(tiles: int) -> None:
+    programs, longest = even_programs(tiles, 132), -(-tiles // 132)
+    assert programs <= min(132, tiles)
+    assert -(-tiles // programs) == longest
+    assert programs == 1 or -(-tiles // (programs - 1)) > longest
+
+
+def test_4096_wide_rows_are_32_for_each_program() -> None:
+    assert wide_backward_blocks(2, 4096, 132).programs == 128
+    assert backward_blocks(8192, 2, 2, 4096, 2, 132, 232_448).programs == 128
+    assert backward_blocks(768, 2, 2, 4096, 2, 132, 232_448).programs == 264
 
 
 def test_rows_are_copied_only_where_they_must_be() -> None:
