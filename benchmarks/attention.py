@@ -280,7 +280,7 @@ def candidates(case: AttentionCase, dtype: torch.dtype, device: torch.device) ->
     )
     chosen, backward = (
         forward_blocks(case.dim, dtype.itemsize, shared, bool(case.table), major, case.dropout > 0),
-        backward_blocks(case.dim, dtype.itemsize, shared, bare, major, case.mask_sizes is not None),
+        backward_blocks(case.dim, dtype.itemsize, shared, bare, major, case.dropout > 0, case.mask_sizes is not None),
     )
 
     def tiles(first: Any, rest: list[Tile]) -> list[Tile]:

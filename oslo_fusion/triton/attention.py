@@ -142,13 +142,14 @@ def forward_blocks(
 
 @functools.lru_cache(maxsize=256)
 def backward_blocks(
-    dim: int, itemsize: int, shared: int, bare: bool = False, major: int = 0, pairs: bool = False
+    dim: int, itemsize: int, shared: int, bare: bool = False, major: int = 0, dropout: bool = False, pairs: bool = False
 ) -> BackwardBlocks:
     """How the backward is cut.
 
     Args:
         dim, itemsize, shared, major: as of :func:`forward_blocks`.
         bare: whether there is T5's bias and nothing else: no dropout, mask, border or packed sequence.
+        dropout: whether there is any.
         pairs: whether there is a mask of pairs.
     """
     width = padded_dim(dim)
@@ -159,17 +160,16 @@ def backward_blocks(
         small = AttentionBlocks(32, 32, 4, 1)
         return BackwardBlocks(small, small, small)
     if width <= 64:
-        if major == 9 and shared >= 200_000:
-            # One H200, the whole backward. dk, dv with three tiles under way: BERT with dropout 0.507 ms, with two 0.582; T5
-            # 0.354 and 0.365, with 168 registers, three programs instead of two, and two tiles 0.346. dq with 128 registers,
-            # four programs instead of three: T5 0.346 (without 0.362), with dropout 0.441 (0.483), BERT 0.577 (0.583). The
-            # table's with 168: T5 0.346 (0.359), with dropout no difference.
-            # Up to 130 bytes of dk, dv spill with 168 registers where T5's bias is all there is; elsewhere more would.
-            return BackwardBlocks(
-                AttentionBlocks(64, 64, 4, 3, 168 if bare else None),
-                AttentionBlocks(64, 64, 4, 3) if pairs else AttentionBlocks(64, 64, 4, 2, 128),  # 88 bytes would spill
-                AttentionBlocks(64, 64, 4, 2, 168) if bare else AttentionBlocks(64, 64, 4, 3),
-            )
+        # One H200, the whole backward. With dropout dk and dv want three tiles under way: BERT 0.507 ms, with two 0.582; without
+        # dropout two: T5 0.344, with three 0.357, plain 0.248 and 0.258. 168 registers are three programs instead of two (T5
+        # 0.346, without the limit 0.365), 128 of dq four instead of three (T5 0.346 and 0.362, with dropout 0.441 and 0.483,
+        # BERT 0.577 and 0.583), the table's 168 T5 0.346 and 0.359. Up to 130 bytes of dk, dv and 64 of dq spill for it.
+        if major == 9 and shared >= 200_000 and bare:
+            limited = AttentionBlocks(64, 64, 4, 2, 168)
+            return BackwardBlocks(limited, AttentionBlocks(64, 64, 4, 2, 128), limited)
+        if major == 9 and shared >= 200_000 and dropout:
+            queries = AttentionBlocks(64, 64, 4, 3) if pairs else AttentionBlocks(64, 64, 4, 2, 128)
+            return BackwardBlocks(AttentionBlocks(64, 64, 4, 3), queries, AttentionBlocks(64, 64, 4, 3))
         # On sm_80 64×64 would spill 340 to 370 bytes, and 32×64 spills 24; not measured.
         keys = AttentionBlocks(32 if shared < 200_000 else 64, 64, 4, 2)
         return BackwardBlocks(keys, AttentionBlocks(64, 64, 4, 3), AttentionBlocks(64, 64, 4, 3))
@@ -2033,7 +2033,13 @@ def launch_attention_backward(
         dim, width = q.shape[-1], padded_dim(q.shape[-1])
         major = _reads_by_instruction(q)
         cut = blocks or backward_blocks(
-            dim, q.element_size(), device_facts(q)[1], _is_bare(extras, options), major, extras.mask is not None
+            dim,
+            q.element_size(),
+            device_facts(q)[1],
+            _is_bare(extras, options),
+            major,
+            options.dropout > 0.0,
+            extras.mask is not None,
         )
         delta = torch.empty(logsumexp.shape, dtype=torch.float32, device=q.device)
         inputs = (setup.q, setup.k, setup.v, dout)

@@ -586,7 +586,8 @@ def test_kernels_compile_for_every_target(
 def test_nothing_spills_and_nothing_is_sorted_on_the_way(kind: str, compile_for_all_targets: Callable[..., Any]) -> None:
     """On an H200's kind of GPU at T5's and BERT's head size: bias and random mask are made where they are needed."""
     bare = kind.startswith("T5 encoder")
-    backward = backward_blocks(64, 2, SHARED["sm_90"], bare, 9, KINDS[kind].get("HAS_PAIRS", False))
+    with_dropout, pairs = (KINDS[kind].get(name, False) for name in ("DROPOUT", "HAS_PAIRS"))
+    backward = backward_blocks(64, 2, SHARED["sm_90"], bare, 9, with_dropout, pairs)
     flags = KINDS[kind]
     forward = forward_blocks(64, 2, SHARED["sm_90"], flags.get("HAS_TABLE", False), 9, flags.get("DROPOUT", False))
     for kernel, tile, allowed in (
