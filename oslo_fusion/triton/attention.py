@@ -160,7 +160,7 @@ def backward_blocks(
         small = AttentionBlocks(32, 32, 4, 1)
         return BackwardBlocks(small, small, small)
     if width <= 64:
-        # One H200, the whole backward. With dropout dk and dv want three tiles under way: BERT 0.507 ms, with two 0.582; without
+        # One H200, the whole backward. With dropout dk and dv want three tiles under way: BERT 0.507 ms, two 0.582; without
         # dropout two: T5 0.344, with three 0.357, plain 0.248 and 0.258. 168 registers are three programs instead of two (T5
         # 0.346, without the limit 0.365), 128 of dq four instead of three (T5 0.346 and 0.362, with dropout 0.441 and 0.483,
         # BERT 0.577 and 0.583), the table's 168 T5 0.346 and 0.359. Up to 130 bytes of dk, dv and 64 of dq spill for it.
