@@ -37,8 +37,8 @@ KERNEL_NAME = "FusedLinearCrossEntropy"
 _BEFORE = "logits of all tokens, then cross entropy"
 _DRAWS, _ROWS, _TOKENS = 8, 2, 9
 _LOSSES = 32
-"""Draws whose losses are compared. The error of a loss in half precision is one random number: of eight of them each, ours had
-more than twice eager's in one proof of thirty, though both round alike."""
+"""Draws whose losses are compared. The error of a loss in half precision is one random number: with eight of them each, GPT-2's
+fused loss was refused once for 2.3 times eager's error, though both round alike."""
 _WORDS = 256  # drawn words whose gradients are compared, beside those of the labels
 _TIMED_ROWS = 4096
 _BYTES_PER_LOGIT = 24  # logits, a float32 copy, its softmax and their gradients, with room to spare

@@ -124,9 +124,9 @@ def forward_blocks(
         return AttentionBlocks(32, 32, 4, 1 if width > 64 else 2) if width <= 128 else AttentionBlocks(16, 32, 4, 1)
     if shared < 100_000:
         return AttentionBlocks(64, 32, 4, 1)
-    # One H200, head size 64. Of 128 registers a thread, instead of 130, four programs run at once and not three: T5 0.096 ms
-    # with three tiles under way, 0.097 with two, 0.108 without the limit, 128×64 with 8 warps 0.103. BERT with dropout 0.242,
-    # with 128×64 0.252.
+    # One H200, head size 64. Of at most 128 registers a thread four programs run at once; the limit holds the compiler to that.
+    # T5 0.096 ms with three tiles under way, 0.097 with two, 128×64 with 8 warps 0.103. BERT with dropout 0.242, with 128×64
+    # 0.252.
     if table and width <= 64 and major == 9:
         return AttentionBlocks(64, 64, 4, 3, 128)
     if dropout and width <= 64 and major == 9:
