@@ -1,8 +1,8 @@
 """Attention in Triton: FlashAttention-2's schedule, with T5's bias, padding and dropout inside.
 
 Forward: a program takes a block of queries of one head and walks over the blocks of keys that it sees, with a running maximum
-and sum. Backward, without atomics and therefore the same at every run: one kernel sums ``out · dout`` of each query,
-one takes a block of keys and walks over queries (``dk``, ``dv``), one takes a block of queries and walks over keys (``dq``).
+and sum. Backward, without atomics and therefore the same at every run: one kernel takes a block of queries, sums
+``out · dout`` of each and walks over keys (``dq``), then one takes a block of keys and walks over queries (``dk``, ``dv``).
 
 **T5's bias** depends on the distance ``key - query`` only, so a tile of it is a Toeplitz matrix: it is read from a list of one
 number per distance (a kernel of its own makes it from the table, a few KB per head, which stay in L1), two neighbours at once.
