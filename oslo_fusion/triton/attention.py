@@ -1074,7 +1074,8 @@ def _attention_dkdv_kernel(
     low = low // QUERIES * QUERIES
     if (k0 >= end) | (k0 + KEYS <= begin):
         high = low
-    BORDERED: tl.constexpr = not WHOLE_KEYS or RANGE != 0 or HAS_LEFT or HAS_RIGHT
+    # Without dropout always: in a loop without a branch Triton 3.6 and its ptxas make each matmul wait for the one before.
+    BORDERED: tl.constexpr = not DROPOUT or not WHOLE_KEYS or RANGE != 0 or HAS_LEFT or HAS_RIGHT
     NATURAL: tl.constexpr = sums_ptr.dtype.element_ty == tl.float64
     # APART: queries of each head of a group are summed alone first, as eager code does. One sum over four is twice as wrong.
     dk = tl.zeros((KEYS, WIDTH), dtype=tl.float32)
