@@ -113,6 +113,7 @@ def _compile(
     if INTERPRETED:
         pytest.skip("an interpreted kernel cannot be compiled")
     names = list(kernel.arg_names)
+    constexprs = {"CHAIN": 0, **constexprs} if "CHAIN" in names else constexprs
     types = {name: "constexpr" if name in constexprs else signature[name] for name in names}
     aligned = [name for name in names if types[name].startswith("*")] if aligned is None else aligned
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
