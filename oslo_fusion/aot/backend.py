@@ -78,7 +78,7 @@ class Backend:
             random, as checkpointing the whole graph would; between them the dearest to recompute is kept, up to this share of
             memory. Up to a quarter, gated MLPs have their backward in parts, unless there are replacements, of which one may
             be part of them. At every budget, and under the same condition, GELU's gradient and that of the bias before it
-            are one kernel.
+            are one kernel. Our attention writes gradients side by side where they would be concatenated.
         passes: called in order with each graph of ATen and ``oslo_fusion::`` operators, forward and backward apart, just
             before Inductor generates its code. They change the graph in place.
         replacements: one's own kernels in place of patterns.
