@@ -43,6 +43,7 @@ from torch import Tensor
 from oslo_fusion.ops.attention import (
     UNLIMITED,
     Extras,
+    Gradients,
     Options,
     _check,
     attention_backward_reference,
@@ -1993,15 +1994,17 @@ def launch_attention_backward(
     kept: Tensor,
     *arguments: Any,
     blocks: BackwardBlocks | None = None,
+    gradients: Gradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`oslo_fusion.ops.attention.attention_backward_reference`; ``blocks`` overrides the heuristic."""
     extras, options, wanted = split(arguments)
     if q.dtype == torch.float64:
-        return attention_backward_reference(dout, q, k, v, out, logsumexp, rest, kept, *arguments)
+        return attention_backward_reference(dout, q, k, v, out, logsumexp, rest, kept, *arguments, gradients=gradients)
     _check(q, k, v, extras, options)
     check_kept(q, k, kept, extras, options)
     table = extras.table if wanted else None
-    dq, dk, dv = (new_like_tokens(x) for x in (q, k, v))
+    # Those of k and v have the same strides, for which the kernel that writes both has one argument each.
+    dq, dk, dv = gradients or tuple(new_like_tokens(x) for x in (q, k, v))
     if table is None:
         dtable = torch.empty((0,), dtype=torch.float32, device=q.device)
     else:

@@ -321,6 +321,21 @@ def test_strides_of_all_kinds(device: torch.device) -> None:
 
 
 @pytest.mark.usefixtures("poisoned", "small")
+@pytest.mark.parametrize(("dim", "packed"), [(33, None), (16, (9, 1, 20))])
+def test_gradients_written_beside_one_another(dim: int, packed: tuple[int, ...] | None, device: torch.device) -> None:
+    case = AttentionCase(2, 4, 2, 20, 20, dim, causal=True, dropout=0.1, packed=packed)
+    leaves = [t.requires_grad_() for t in case.tensors(drawer(torch.float16, device))]
+    arguments = list(op.prepare(*leaves, **case.options(str(device))))
+    q, k, v = arguments[:3] = [t.detach() for t in leaves]
+    state = kernels.launch_attention(*arguments)
+    given = (drawer(torch.float16, device)(*q.shape), q, k, v, *state, *arguments[3:], False)
+    *apart, _ = kernels.launch_attention_backward(*given)
+    joined, gradients = op.new_joined(q, k)
+    kernels.launch_attention_backward(*given, gradients=gradients)
+    assert torch.equal(joined, torch.cat([x if packed else x.transpose(1, 2) for x in apart], dim=-2))
+
+
+@pytest.mark.usefixtures("poisoned", "small")
 def test_masks_of_all_strides(device: torch.device) -> None:
     """A view of a larger mask, one expanded, one whose keys lie apart: as their copies."""
     draw = drawer(torch.float16, device)
