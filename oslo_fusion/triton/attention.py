@@ -59,7 +59,7 @@ from oslo_fusion.ops.attention import (
 )
 from oslo_fusion.ops.dropout import kept_scale, kept_threshold
 from oslo_fusion.triton.dropout import philox, random_key
-from oslo_fusion.triton.launch import Kernel, chained, chains, compute_capability
+from oslo_fusion.triton.launch import Kernel, chain, chained, compute_capability
 from oslo_fusion.triton.rows import device_facts, on_device, stride_unit
 
 _REACH = 512  # how far the list of distances goes beyond max_distance: queries and keys of a tile together at most
@@ -1889,12 +1889,13 @@ def _set_up(q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -
 
 
 def _chain(q: Tensor, batches: int, place: int) -> int:
-    """The constant CHAIN: 1 for the first kernel of a call, 2 for one right after another of ours, 0 where that cannot be told.
+    """The constant CHAIN (:func:`chain`): 1 for the first kernel of a call, 2 for one right after another of ours, 0 elsewhere.
 
-    T5's forward has two, its backward six.
+    T5's forward has two kernels, its backward six. What stands before their loops reads what was there before the call. So the
+    first one is not early, and torch launches nothing between them: what has to be copied is copied before the first.
     """
     one_launch_each = q.dtype != torch.float32 and batches <= _MOST_BATCHES
-    return place if one_launch_each and chains(q) else 0
+    return place if one_launch_each and chain(q) else 0
 
 
 def _reads_by_instruction(q: Tensor) -> int:
@@ -1978,7 +1979,6 @@ def launch_attention(
                 ),
                 cut.warps,
                 cut.registers,
-                chain == 2,
             )
     return out, sums, rest, kept
 
@@ -2071,7 +2071,6 @@ def launch_attention_backward(
                 ),
                 tile.warps,
                 tile.registers,
-                chain == 2,
             )
 
         if table is not None:
@@ -2146,7 +2145,6 @@ def _walk_keys(
             ),
             tile.warps,
             tile.registers,
-            chain == 2,
         )
 
 
@@ -2228,7 +2226,6 @@ def _table_gradient(
         ),
         tile.warps,
         tile.registers,
-        chain == 2,
     )
     buckets, span = dtable.shape[0], 1 << (tile.queries + tile.keys - 2).bit_length()
     width = 1 << (buckets - 1).bit_length()
@@ -2239,7 +2236,6 @@ def _table_gradient(
         (first, setup.reach),
         (chain, width, tile.queries, tile.keys, 16, span),
         4,
-        early=chain == 2,
     )
     blocks = -(-setup.queries // cut.queries.queries)
     _DTABLE_SUM(
@@ -2248,7 +2244,6 @@ def _table_gradient(
         (setup.heads, setup.batches, blocks, offsets * parts, setup.reach),
         (chain, buckets, width, 16, 1024),
         8,
-        early=chain == 2,
     )
 
 

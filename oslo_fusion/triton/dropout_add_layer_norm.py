@@ -35,13 +35,12 @@ from oslo_fusion.ops.dropout_add_layer_norm import (
     result_dtypes,
 )
 from oslo_fusion.triton.dropout import kept_in_rows, random_key
-from oslo_fusion.triton.launch import Kernel, chained
+from oslo_fusion.triton.launch import Kernel, chain, chained
 from oslo_fusion.triton.rows import (
     RowBlocks,
     as_rows,
     column_sums,
     device_facts,
-    first_of_two,
     forward_blocks,
     must_refer,
     on_device,
@@ -119,7 +118,9 @@ def _dropout_add_layer_norm_fwd_kernel(
     KEEP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
+    chained(CHAIN)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)[None, :]
     rows_mask = rows < num_rows
@@ -304,6 +305,7 @@ def launch_dropout_add_layer_norm(
                 keep,
                 blocks.rows,
                 blocks.columns,
+                chain(x),
             ),
             blocks.warps,
         )
@@ -383,7 +385,7 @@ def launch_dropout_add_layer_norm_backward(
                 blocks.rows,
                 blocks.columns,
                 blocks.stages,
-                first_of_two(s),
+                chain(s),
             ),
             blocks.warps,
         )

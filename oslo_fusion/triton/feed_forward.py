@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from oslo_fusion.triton.glu import _activate_with_slope
-from oslo_fusion.triton.launch import Kernel, chained
-from oslo_fusion.triton.rows import column_sums, device_facts, first_of_two, on_device
+from oslo_fusion.triton.launch import Kernel, chain, chained
+from oslo_fusion.triton.rows import column_sums, device_facts, on_device
 
 _COLUMNS = 256  # of a tile: 512 bytes in half precision, which memory serves in whole bursts
 _WARPS = 4
@@ -121,7 +121,7 @@ def launch_gelu_backward_in_place(
             (-(-dim // blocks.columns), blocks.programs),
             (dact, h, act, partials),
             (rows,),
-            (activation, h.element_size() == 2, dim, blocks.rows, blocks.columns, first_of_two(h)),
+            (activation, h.element_size() == 2, dim, blocks.rows, blocks.columns, chain(h)),
             blocks.warps,
         )
         column_sums(partials, dbias)

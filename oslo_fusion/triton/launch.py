@@ -23,10 +23,7 @@ _HIP = torch.version.hip is not None
 
 @triton.jit  # type: ignore[untyped-decorator]
 def chained(CHAIN: tl.constexpr) -> None:
-    """Where a kernel needs what the one before it wrote, and the one after it may begin: see :func:`chains`.
-
-    CHAIN: 1 for the first kernel of a call, 2 for one right after another of ours, 0 where that cannot be told.
-    """
+    """Where a kernel needs what was written before it, and the one after it may begin: see :func:`chain`."""
     if CHAIN == 2:
         gdc_wait()
     if CHAIN > 0:
@@ -43,19 +40,22 @@ def compute_capability(x: Tensor) -> int:
     return _major(x.device.index) if x.is_cuda and not _HIP else 0
 
 
-def chains(x: Tensor) -> bool:
-    """Whether kernels of one call on this device are chained by programmatic dependent launch.
+def chain(x: Tensor) -> int:
+    """The constant CHAIN of a kernel that begins with :func:`chained`: 2 on the device of ``x``, or 0 where none is chained.
 
-    A kernel launched ``early`` begins when all programs of the one before have begun, reads what was there before that one, and
-    waits for it where it needs it. Without, each launch costs a microsecond or two of idle device. Every kernel but the first
-    waits, so that the end of one is the end of all before it. Between them torch may launch nothing: what has to be copied is
-    copied before the first.
+    2 is programmatic dependent launch (compute capability 9): the kernel is launched when the programs of the one before it,
+    whose ever that is, have ended, or have all begun if that one says so, as ours do. Where it needs what was written before,
+    it waits for the end of that one. Without, a launch costs a microsecond or two of idle device. Every kernel waits, so the
+    end of one is the end of all before it; and none reads or writes before it has waited what another may write. 1: tells the
+    next kernel that it may begin, but does not wait itself.
     """
-    return compute_capability(x) >= 9
+    return 2 if compute_capability(x) >= 9 else 0
 
 
 class Kernel:
     """A jitted kernel whose parameters are, in this order: pointers, numbers, constants.
+
+    With a constant ``CHAIN`` of 2 it is launched before the kernel before it has ended (:func:`chain`).
 
     Numbers must stand in the kernel's ``do_not_specialize``: otherwise triton compiles another kernel for the value 1 and for
     multiples of 16, which is not noticed here.
@@ -67,8 +67,11 @@ class Kernel:
     def __init__(self, jitted: Any) -> None:
         self.jitted = jitted
         self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._chain: int | None = None
         if isinstance(jitted, triton.runtime.JITFunction):
             loose = [p.name for p in jitted.params if not p.is_constexpr and not p.do_not_specialize and "_ptr" not in p.name]
+            constants = [p.name for p in jitted.params if p.is_constexpr]
+            self._chain = constants.index("CHAIN") if "CHAIN" in constants else None
             assert not loose, f"{jitted.__name__}: {loose} must stand in do_not_specialize"
 
     def __call__(
@@ -79,7 +82,6 @@ class Kernel:
         constants: tuple[Any, ...],
         num_warps: int,
         registers: int | None = None,
-        early: bool = False,
     ) -> None:
         """Launch on the current device and stream.
 
@@ -90,8 +92,6 @@ class Kernel:
             constants: values of the ``tl.constexpr`` parameters.
             num_warps: warps per program.
             registers: at most so many per thread, None as many as the compiler takes. AMD's compiler is not told.
-            early: its programs may start while those of the kernel before it end, and wait for it themselves (NVIDIA's
-                programmatic dependent launch, compute capability 9). Only if that kernel is ours and says when.
         """
         first = pointers[0]
         assert first is not None
@@ -103,11 +103,11 @@ class Kernel:
         if _HIP:  # there triton also looks whether offsets into the tensor fit into 32 bits
             kinds += [p is not None and p.untyped_storage().size() < _WIDE for p in pointers]
         widths = [float if type(n) is float else -_WIDE <= n < _WIDE for n in numbers]
-        key = (device, num_warps, registers, early, constants, *kinds, *widths)
+        key = (device, num_warps, registers, constants, *kinds, *widths)
         compiled = self._compiled.get(key)
         if compiled is None:
             options: dict[str, Any] = {} if registers is None or _HIP else {"maxnreg": registers}
-            if early:
+            if self._chain is not None and constants[self._chain] == 2:
                 options["launch_pdl"] = True
             self._compiled[key] = self.jitted[grid](*pointers, *numbers, *constants, num_warps=num_warps, **options)
             return

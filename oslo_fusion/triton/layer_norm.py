@@ -29,7 +29,7 @@ from oslo_fusion.ops.layer_norm import (
     result_dtypes,
 )
 from oslo_fusion.triton import ragged_rows
-from oslo_fusion.triton.launch import Kernel, chained
+from oslo_fusion.triton.launch import Kernel, chain, chained
 from oslo_fusion.triton.rows import (
     RAGGED_BACKWARD,
     RAGGED_FORWARD,
@@ -39,7 +39,6 @@ from oslo_fusion.triton.rows import (
     backward_blocks,
     column_sums,
     device_facts,
-    first_of_two,
     forward_blocks,
     is_ragged,
     must_refer,
@@ -74,7 +73,9 @@ def _layer_norm_fwd_kernel(
     HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
+    chained(CHAIN)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)[None, :]
     rows_mask = rows < num_rows
@@ -371,6 +372,7 @@ def launch_layer_norm(
                 residual is not None,
                 blocks.rows,
                 blocks.columns,
+                chain(x),
             ),
             blocks.warps,
         )
@@ -451,7 +453,7 @@ def launch_layer_norm_backward(
                     blocks.columns,
                     min(16 // s.element_size(), unit, blocks.columns // (32 * blocks.warps)),
                     blocks.ahead,
-                    first_of_two(s),
+                    chain(s),
                 ),
                 blocks.warps,
             )
@@ -484,7 +486,7 @@ def launch_layer_norm_backward(
                 blocks.rows,
                 blocks.columns,
                 blocks.stages,
-                first_of_two(s),
+                chain(s),
             ),
             blocks.warps,
         )

@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oslo_fusion.triton.launch import Kernel, chained
-from oslo_fusion.triton.rows import PHASES, RowBlocks, first_of_two
+from oslo_fusion.triton.launch import Kernel, chain, chained
+from oslo_fusion.triton.rows import PHASES, RowBlocks
 
 _BORDER = 16  # bytes
 
@@ -65,7 +65,9 @@ def _ragged_norm_fwd_kernel(
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
     AHEAD: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
+    chained(CHAIN)
     first, step = tl.program_id(0), tl.num_programs(0)
     head, middle, edge, edge_mask = _cut(first, DIM)
     cols = tl.arange(0, BLOCK)
@@ -278,6 +280,7 @@ def launch_forward(
             residual is not None,
             blocks.columns,
             blocks.ahead > 0,
+            chain(x),
         ),
         blocks.warps,
     )
@@ -328,7 +331,7 @@ def launch_backward(
             bias_gradient,
             blocks.columns,
             blocks.stages,
-            first_of_two(s),
+            chain(s),
         ),
         blocks.warps,
     )

@@ -28,7 +28,7 @@ from oslo_fusion.ops.rms_norm import (
     rms_norm_reference,
 )
 from oslo_fusion.triton import ragged_rows
-from oslo_fusion.triton.launch import Kernel, chained
+from oslo_fusion.triton.launch import Kernel, chain, chained
 from oslo_fusion.triton.rows import (
     RAGGED_BACKWARD,
     RAGGED_FORWARD,
@@ -38,7 +38,6 @@ from oslo_fusion.triton.rows import (
     backward_blocks,
     column_sums,
     device_facts,
-    first_of_two,
     forward_blocks,
     is_ragged,
     must_refer,
@@ -69,7 +68,9 @@ def _rms_norm_fwd_kernel(
     HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
+    chained(CHAIN)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)[None, :]
     rows_mask = rows < num_rows
@@ -216,7 +217,7 @@ def launch_rms_norm(
                 rstd,
             ),
             (stride // unit, residual_stride // unit, num_rows, float(eps)),
-            (dim, unit, weight_offset, weight is not None, residual is not None, blocks.rows, blocks.columns),
+            (dim, unit, weight_offset, weight is not None, residual is not None, blocks.rows, blocks.columns, chain(x)),
             blocks.warps,
         )
     return y, s, rstd
@@ -295,7 +296,7 @@ def launch_rms_norm_backward(
                 blocks.columns,
                 blocks.stages,
                 dim > REGISTER_COLUMNS,
-                first_of_two(s),
+                chain(s),
             ),
             blocks.warps,
         )

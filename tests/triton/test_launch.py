@@ -46,6 +46,38 @@ def test_alignment_strides_and_counts_do_not_share_a_kernel_wrongly() -> None:
 
 
 @pytest.mark.gpu
+def test_kernels_that_begin_early_wait_for_what_they_read() -> None:
+    """After a kernel of ours, one of torch's, and a memset; launched, and captured in a graph and replayed."""
+    x, y = torch.randn(4096, 8192, device="cuda"), torch.empty(4096, 8192, device="cuda")
+    weight = torch.randn(8192, device="cuda")
+
+    def run() -> list[torch.Tensor]:
+        y.zero_()
+        results = [rms_norm(y, weight, eps=1.0)]  # after a memset
+        y.copy_(x)
+        results.append(rms_norm(y, weight, eps=1e-6))  # after a copy
+        for _ in range(3):
+            results.append(rms_norm(results[-1], weight, eps=1e-6))  # after one of ours
+        y.mul_(2.0)
+        return [*results, layer_norm.launch_layer_norm(y, weight, None, None, 1e-5, 0.0, None)[0]]
+
+    expected = [torch.zeros_like(x), rms_norm_reference(x, weight, None, 1e-6, 0.0, None)[0]]
+    for _ in range(3):
+        expected.append(rms_norm_reference(expected[-1], weight, None, 1e-6, 0.0, None)[0])
+    expected.append(torch.nn.functional.layer_norm(2.0 * x, (8192,), weight))
+    for _ in range(3):
+        torch.testing.assert_close(run(), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(3):
+        for result in captured:
+            result.fill_(7.0)
+        graph.replay()
+        torch.testing.assert_close(captured, expected)
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_each_device_has_its_own() -> None:
     for device in ("cuda:0", "cuda:1", "cuda:0"):
