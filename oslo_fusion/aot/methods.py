@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from oslo_fusion.aot.layer import has_hooks_inside, is_traced
+from oslo_fusion.aot.layer import has_hooks_inside, is_hooked_inside, is_traced
 from oslo_fusion.aot.programs import Programs
-from oslo_fusion.graphs import TrainingGraphs
-from oslo_fusion.surgery import Standing
+from oslo_fusion.graphs import State, TrainingGraphs
+from oslo_fusion.surgery import Standing, found_ahead
 
 
 class _Method(Standing):
@@ -50,17 +50,26 @@ class CompiledForward(_Method):
         recorded = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
         if is_traced() or programs.decoding or recorded or _has_cache(args, kwargs):
             return original(*args, **kwargs)
-        if has_hooks_inside(original.__self__, programs.record):
+        ahead: State | None = found_ahead(self)
+        if ahead is None and has_hooks_inside(original.__self__, programs.record):
             return original(*args, **kwargs)
         module, key = original.__self__, (self.name, self.settings["part"])
         graphs: TrainingGraphs | None = self.settings["graphs"]
         if graphs is None or not module.training or not torch.is_grad_enabled():
             return programs.run(original.__func__, key, module, *args, **kwargs)
-        if torch.is_autocast_enabled(next(module.parameters()).device.type):
+        if torch.is_autocast_enabled((next(module.parameters()) if ahead is None else ahead).device.type):
             programs.record.leave("autocast: what casts the weights is not captured as a CUDA graph")
             return programs.run(original.__func__, key, module, *args, **kwargs)
         run = functools.partial(programs.run, original.__func__, key, module)
-        return graphs.run(run, module, args, kwargs, programs.record.leave)
+        return graphs.run(run, module, args, kwargs, programs.record.leave, ahead)
+
+    def look_ahead(self) -> State | None:
+        """The state that its graphs were captured of, if it is that and there is no hook: most of what a replay asks first."""
+        module, graphs = self.module, self.settings["graphs"]
+        if graphs is None or module._forward_pre_hooks or is_hooked_inside(module):  # what a hook does is not known ahead
+            return None
+        state: State | None = graphs.look_ahead()
+        return state
 
 
 class UncompiledGenerate(_Method):

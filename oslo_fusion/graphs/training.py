@@ -23,7 +23,7 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from numbers import Number
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class TrainingGraphs:
         self.most_shapes = most_shapes
         self._pairs: dict[Hashable, Pair] = {}
         self._memory = Memory()
+        self._state: State | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.most_shapes,)
@@ -68,7 +69,13 @@ class TrainingGraphs:
         """How many shapes are captured now."""
         return sum(pair.captured is not None for pair in self._pairs.values())
 
-    def run(self, function: Function, module: nn.Module, args: Any, kwargs: Any, note: Note) -> Any:
+    def look_ahead(self) -> State | None:
+        """The state of the module that was captured last, if it is that now. For who is about to wait for the device: a call
+        that is given it need not look again."""
+        state = self._state
+        return state if state is not None and state.is_current else None
+
+    def run(self, function: Function, module: nn.Module, args: Any, kwargs: Any, note: Note, ahead: State | None = None) -> Any:
         """``function(*args, **kwargs)``, replayed where that can be done.
 
         Args:
@@ -76,9 +83,11 @@ class TrainingGraphs:
             module: whose parameters are read.
             args, kwargs: its arguments.
             note: is told why a call runs uncaptured.
+            ahead: what :meth:`look_ahead` found, if nothing was done to the module since.
         """
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        key, reason = _key(module, leaves, spec)
+        leaves, spec = _flattened(args, kwargs)
+        device = next(module.parameters()).device if ahead is None else ahead.device
+        key, reason = _key(device, leaves, spec)
         if key is None:
             note(reason)
             return function(*args, **kwargs)
@@ -95,11 +104,15 @@ class TrainingGraphs:
             note("a forward was called while another waits for its backward: it runs outside of the CUDA graph")
             return function(*args, **kwargs)
         captured = pair.captured
-        if captured is None or not captured.is_current:
+        if captured is None or not (captured.state.is_known(ahead) or captured.state.is_current):
             captured = pair.capture(function, module, leaves)
             if captured is None:
                 note(f"it cannot be captured as a CUDA graph: {pair.failure}")
                 return function(*args, **kwargs)
+            # Shapes that were captured of the same module have one state, so that one look ahead serves whichever comes.
+            if self._state is not None and self._state.is_current:
+                captured.state = self._state
+            self._state = captured.state
         return pair.replay(captured, leaves)
 
 
@@ -146,11 +159,35 @@ class Memory:
         return held
 
 
-def _key(module: nn.Module, leaves: Sequence[Any], spec: Any) -> tuple[Hashable | None, str]:
+class _Flat(NamedTuple):
+    """How arguments are put together that hold no others: how many come without a name, and the names of the rest."""
+
+    unnamed: int
+    names: tuple[str, ...]
+
+
+_LEAVES = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, str, torch.dtype})
+
+
+def _flattened(args: Any, kwargs: Any) -> tuple[list[Any], Any]:
+    """As pytree does it, which takes 0.1 ms for ten arguments while the device may wait. Most calls have nothing to flatten."""
+    leaves = [*args, *kwargs.values()]
+    if _LEAVES.issuperset(map(type, leaves)):
+        return leaves, _Flat(len(args), tuple(kwargs))
+    return pytree.tree_flatten((args, kwargs))
+
+
+def _unflattened(leaves: Sequence[Any], spec: Any) -> tuple[Any, Any]:
+    if not isinstance(spec, _Flat):
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        return args, kwargs
+    return tuple(leaves[: spec.unnamed]), dict(zip(spec.names, leaves[spec.unnamed :], strict=True))
+
+
+def _key(device: torch.device, leaves: Sequence[Any], spec: Any) -> tuple[Hashable | None, str]:
     """What a captured form serves; or None, and why there can be none."""
     parts: list[Hashable] = [spec]
     numbers: dict[int, int] = {}
-    device = next(module.parameters()).device
     for leaf in leaves:
         if type(leaf) is Tensor or type(leaf) is nn.Parameter:
             if leaf.device != device:
@@ -169,34 +206,16 @@ def _key(module: nn.Module, leaves: Sequence[Any], spec: Any) -> tuple[Hashable 
 
 
 @dataclass
-class Captured:
-    """Both graphs of a pair, and the memory that they read and write.
+class State:
+    """What was read of a module where its graphs were captured: they serve it while it is that.
 
     Attributes:
-        forward, backward: the graphs.
-        inputs: tensors among the arguments, unknown to autograd.
-        results: of the function, flattened, as they lie in the graph's memory; ``spec`` puts them together.
-        outputs: those of them that have a gradient, and ``output_gradients`` what the backward reads.
-        wanted: numbers of the inputs that get a gradient.
-        parameters: those that get one.
-        gradients: of both, in this order.
         read: every tensor of the module: the dictionary and the name it is held by, the tensor, its address, whether it gets
             a gradient.
         settings: every part of the module, and every number and flag on one: the dictionary and the name it is held by, and it.
         generation: of torch's generator, see :func:`_release_generator`.
     """
 
-    forward: torch.cuda.CUDAGraph
-    backward: torch.cuda.CUDAGraph
-    inputs: list[Tensor]
-    results: list[Any]
-    spec: Any
-    is_output: list[bool]
-    outputs: list[Tensor]
-    output_gradients: list[Tensor]
-    wanted: list[int]
-    parameters: list[nn.Parameter]
-    gradients: tuple[Tensor | None, ...]
     read: list[tuple[dict[str, Any], str, Tensor, int, bool]]
     settings: list[tuple[dict[str, Any], str, Any]]
     generation: int
@@ -206,6 +225,15 @@ class Captured:
         self._tensors = [tensor for _, _, tensor, _, _ in self.read]
         self._addresses = [where for _, _, _, where, _ in self.read]
         self._trained = [wanted for _, _, _, _, wanted in self.read]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its tensors, which is one."""
+        return self._tensors[0].device
+
+    def is_known(self, ahead: State | None) -> bool:
+        """Whether it was looked at ahead. A capture that failed since, of another part, leaves nothing to replay."""
+        return ahead is self and self.generation == _generation[0]
 
     @property
     def is_current(self) -> bool:
@@ -229,6 +257,35 @@ class Captured:
             (now := holder.get(name)) is value or (type(now) is type(value) and isinstance(now, Number) and now == value)
             for holder, name, value in self.settings
         )
+
+
+@dataclass
+class Captured:
+    """Both graphs of a pair, and the memory that they read and write.
+
+    Attributes:
+        forward, backward: the graphs.
+        inputs: tensors among the arguments, unknown to autograd.
+        results: of the function, flattened, as they lie in the graph's memory; ``spec`` puts them together.
+        outputs: those of them that have a gradient, and ``output_gradients`` what the backward reads.
+        wanted: numbers of the inputs that get a gradient.
+        parameters: those that get one.
+        gradients: of both, in this order.
+        state: of the module.
+    """
+
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    results: list[Any]
+    spec: Any
+    is_output: list[bool]
+    outputs: list[Tensor]
+    output_gradients: list[Tensor]
+    wanted: list[int]
+    parameters: list[nn.Parameter]
+    gradients: tuple[Tensor | None, ...]
+    state: State
 
 
 def settings_of(module: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
@@ -292,7 +349,7 @@ class Pair:
                 copies[id(given)] = _like(given).copy_(given.detach()).requires_grad_(given.requires_grad)
             filled[place] = copies[id(given)]
         inputs = list(copies.values())
-        args, kwargs = pytree.tree_unflatten(filled, self.spec)
+        args, kwargs = _unflattened(filled, self.spec)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         pool, stream = self.memory.place(device)
         torch.cuda.synchronize(device)
@@ -326,9 +383,7 @@ class Pair:
             wanted,
             parameters,
             gradients,
-            read,
-            settings_of(module),
-            _generation[0],
+            State(read, settings_of(module), _generation[0]),
         )
 
     def replay(self, captured: Captured, leaves: Sequence[Any]) -> Any:

@@ -31,10 +31,10 @@ from oslo_fusion.kernels.norm_sites import ROOM
 from oslo_fusion.ops.kernels import is_plain
 from oslo_fusion.ops.pack_tokens import FINE, LONGEST_PIECE, Form, Tokens, bucket, count_tokens, pack_tokens, step
 from oslo_fusion.plan import Proposal, Site
-from oslo_fusion.surgery import Wrapping
+from oslo_fusion.surgery import Wrapping, ahead
 
 _LONGEST = 512
-_OFFSETS = "cu_seq_lens_q"
+_OFFSETS, _FORWARD = "cu_seq_lens_q", "forward"
 _TOKENS = ("input_ids", "token_type_ids", "labels", "position_ids")  # of a call, as Tokens has them
 _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
 _PLAIN = ("num_items_in_batch", "return_dict", "output_hidden_states", "skip_logits")
@@ -256,10 +256,13 @@ class PaddingFreeForward(Wrapping):
         reason = self._obstacle(given)
         if reason is None:
             queued = self._queued(given)
-            batch = queued.read()
-            reason = self._unfit(batch)
-            if reason is None:
-                return self._run(inner, given, queued, batch)
+            call = self._call(given, queued)
+            parts = (part.__dict__.get(_FORWARD) for part in self.module._modules.values() if part is not None)
+            with ahead((inner, *parts)):
+                batch = queued.read()
+                reason = self._unfit(batch)
+                if reason is None:
+                    return self._run(inner, call, queued, batch)
         self.settings["calls"].leave(reason)
         return inner(*args, **kwargs)
 
@@ -338,28 +341,30 @@ class PaddingFreeForward(Wrapping):
             return "padding at the beginning of a row, where this model's output is read"
         return None
 
-    def _run(self, inner: Callable[..., Any], given: dict[str, Any], queued: Queued, batch: Batch) -> Any:
-        """Between the arrival of the numbers and what ``inner`` launches the device waits: here is nothing but views."""
-        settings = self.settings
-        packing = pack(queued, batch, settings["lengths"])
-        settings["calls"].pack(packing)
+    def _call(self, given: dict[str, Any], queued: Queued) -> dict[str, Any]:
+        """What a packed call is given, as far as it does not depend on what is read."""
         call = {name: value for name, value in given.items() if value is not None}
-        shape = 1, packing.length
-        strides = packing.length, 1
+        if self.settings["caches"] and "use_cache" in self.parameters:
+            call["use_cache"] = False
+        # Attention is told by the offsets. One that does not read them must not go unnoticed: it gets numbers that are none.
+        call["attention_mask"] = _no_mask(queued.packed.source.device)
+        call["cu_seq_lens_q"] = call["cu_seq_lens_k"] = queued.packed.offsets
+        return call
+
+    def _run(self, inner: Callable[..., Any], call: dict[str, Any], queued: Queued, batch: Batch) -> Any:
+        """From the arrival of the numbers to what ``inner`` launches the device waits: here is nothing but views."""
+        packing = pack(queued, batch, self.settings["lengths"])
+        shape, strides = (1, packing.length), (packing.length, 1)
         for name, x in zip(_TOKENS, queued.packed.tokens, strict=True):
             if x is not None:
                 call[name] = x.as_strided(shape, strides)
         if "inputs_embeds" in call:
             call["inputs_embeds"] = packing.packed(call["inputs_embeds"])
-        if settings["caches"] and "use_cache" in self.parameters:
-            call["use_cache"] = False
         self._longest = max(self._longest, _LONGEST, 1 << (batch.longest - 1).bit_length())
-        # Attention is told by the offsets. One that does not read them must not go unnoticed: it gets numbers that are none.
-        call["attention_mask"] = _no_mask(packing.source.device)
         call["max_length_q"] = call["max_length_k"] = self._longest
-        call["cu_seq_lens_q"] = call["cu_seq_lens_k"] = queued.packed.offsets
         with _packed(packing):
             output = inner(**call)
+        self.settings["calls"].pack(packing)
         return packing.padded_everywhere(output)
 
 
