@@ -59,16 +59,8 @@ def is_traced() -> bool:
 
 
 def has_hooks_inside(module: nn.Module, record: Record) -> bool:
-    """Whether something listens to a part of the module, which the report then says. Dynamo does not guard against hooks: the
-    compiled form of a layer without would serve one with, and not call them."""
-    found = is_hooked_inside(module)
-    if found:
-        record.leave("a hook on a part of it: it runs as it is, so that the hook is called")
-    return found
-
-
-def is_hooked_inside(module: nn.Module) -> bool:
-    """Whether something listens to a part of the module.
+    """Whether something listens to a part of the module. Dynamo does not guard against hooks: the compiled form of a layer
+    without would serve one with, and not call them.
 
     transformers' recorders stay once a model was asked for its attentions; they do nothing where nothing is being recorded.
     """
@@ -81,6 +73,7 @@ def is_hooked_inside(module: nn.Module) -> bool:
             parts += held["_modules"].values()
         hooked = held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"] or held["_backward_pre_hooks"]
         if hooked and not _only_idle_recorders(part):
+            record.leave("a hook on a part of it: it runs as it is, so that the hook is called")
             return True
     return False
 

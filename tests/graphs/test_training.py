@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from oslo_fusion import initialize, report
 from oslo_fusion.graphs import State, TrainingGraphs, training
-from oslo_fusion.graphs.training import WARM_CALLS, Captured, settings_of
+from oslo_fusion.graphs.training import WARM_CALLS, Captured
 from oslo_fusion.models import build_model
 from oslo_fusion.workload import switch_off_dropout
 
@@ -96,28 +96,50 @@ def test_what_is_no_tensor_and_no_number_runs_as_it_was() -> None:
 
 def test_what_a_graph_has_read_is_compared_before_a_replay() -> None:
     module = Two(0.5)
-    read = [(module.first._parameters, "weight", module.first.weight, module.first.weight.data_ptr(), True)]
-    captured = State(read, settings_of(module), training._generation[0])
-    assert captured.is_current
+    module.register_buffer("counts", torch.zeros(1))
+    state = State(module)
+    assert state.is_current
     module.dropout.p = 0.25
-    assert not captured.is_current
+    assert not state.is_current
     module.dropout.p = 0.5
-    assert captured.is_current
+    assert state.is_current
     module.second.eval()
-    assert not captured.is_current
+    assert not state.is_current
     module.train()
     module.dropout.p = torch.tensor([0.5, 0.5])  # type: ignore[assignment]
-    assert not captured.is_current
+    assert not state.is_current
+    del module.dropout.p
+    assert not state.is_current
     module.dropout.p = 0.5
     second, module.second = module.second, nn.Linear(32, 16)
-    assert not captured.is_current
+    assert not state.is_current
     module.second = second
-    assert captured.is_current
+    assert state.is_current
+    module.counts = torch.zeros(1)  # equal, and elsewhere
+    assert not state.is_current
+    state = State(module)
     module.first.weight.requires_grad_(False)
-    assert not captured.is_current
+    assert not state.is_current
     module.first.weight.requires_grad_(True)
+    assert state.is_current
     module.first.weight.data = module.first.weight.data.clone()
-    assert not captured.is_current
+    assert not state.is_current
+    state = State(module)
+    module.first.bias = None
+    assert not state.is_current
+
+
+def test_hooks_on_parts_are_seen() -> None:
+    module = Two()
+    state = State(module)
+    own = module.register_forward_hook(lambda *_: None)  # called around what is replayed
+    assert not state.is_hooked
+    own.remove()
+    for register in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
+        handle = getattr(module.second, f"register_{register}")(lambda *_: None)
+        assert state.is_hooked
+        handle.remove()
+        assert not state.is_hooked
 
 
 def test_one_look_ahead_serves_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,10 +147,8 @@ def test_one_look_ahead_serves_every_shape(monkeypatch: pytest.MonkeyPatch) -> N
     module, looks = Two(), list[int]()
 
     def capture(self: training.Pair, function: Any, of: nn.Module, leaves: Any) -> Captured:
-        read = [(of.first._parameters, "weight", of.first.weight, of.first.weight.data_ptr(), True)]  # type: ignore[union-attr]
-        state = State(read, settings_of(of), training._generation[0])
         nothing: Any = None
-        self.captured = Captured(*[nothing] * 2, [], [], None, [], [], [], [], [], (), state)
+        self.captured = Captured(*[nothing] * 2, [], [], None, [], [], [], [], [], (), State(of))
         return self.captured
 
     current = State.is_current.fget
@@ -153,6 +173,9 @@ def test_one_look_ahead_serves_every_shape(monkeypatch: pytest.MonkeyPatch) -> N
     assert not looks
     assert run(1, None) is first
     assert looks
+    hook = module.second.register_forward_hook(lambda *_: None)
+    assert graphs.look_ahead() is None
+    hook.remove()
     module.second.eval()
     assert graphs.look_ahead() is None
     third = run(1, None)
@@ -208,7 +231,7 @@ def test_the_forward_is_replayed_before_autograd_is_told(monkeypatch: pytest.Mon
     pair = training.Pair(leaves, spec, training.Memory())
     graphs: Any = (Computing(forward), Computing(backward))
     pair.captured = captured = Captured(
-        *graphs, [place], [out], result_spec, [True], [out], [dout], [0], [module.weight], (dx, dw), State([], [], 0)
+        *graphs, [place], [out], result_spec, [True], [out], [dout], [0], [module.weight], (dx, dw), State(module)
     )
     result = pair.replay(captured, leaves)
     assert log == ["replay", "autograd"]
