@@ -57,6 +57,9 @@ FINEST, LONGEST_PIECE = 16, 256
 
 NAME = "pack_tokens"
 
+_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_MASKS = frozenset((*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64))  # that the kernels read
+
 
 class Tokens(NamedTuple):
     """What a batch has for each of its places, padded or packed; None what it was not given."""
@@ -203,7 +206,7 @@ def _offsets(ends: Tensor, form: Form, sequences: int) -> Tensor:
 
 def _fits(mask: Tensor, *tensors: Tensor | None) -> bool:
     """Whether the kernels take these tensors. Ids and labels of other dtypes are rare, and theirs to keep."""
-    return mask.is_cuda and not mask.is_complex() and all(x is None or x.dtype == torch.int64 for x in tensors)
+    return mask.is_cuda and mask.dtype in _MASKS and all(x is None or x.dtype == torch.int64 for x in tensors)
 
 
 def count_tokens(mask: Tensor, labels: Tensor | None, shifted: bool) -> Tensor:

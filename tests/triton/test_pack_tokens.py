@@ -16,7 +16,7 @@ from oslo_fusion.ops.pack_tokens import ATTENDED, COLUMNS, IGNORED, NOWHERE, RUL
 from oslo_fusion.triton import pack_tokens as kernels
 
 PAD = 1
-MASKS = (torch.int64, torch.bool, torch.float32, torch.bfloat16, torch.int32, torch.uint8)
+MASKS = (torch.int64, torch.bool, torch.float64, torch.bfloat16, torch.int32, torch.uint8)
 
 
 def test_this_file_interpreted(rerun_interpreted: Callable[[], None]) -> None:
@@ -94,15 +94,15 @@ def test_more_rows_than_a_block(device: torch.device, monkeypatch: pytest.Monkey
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("lengths", [1, 16, 64])
 def test_offsets_end_at_the_packed_length(lengths: int, device: torch.device) -> None:
-    """With a rest of several pieces, and more offsets than there are pieces."""
-    mask = torch.ones(2, 1200, dtype=torch.int64, device=device)
-    mask[1, 900 // lengths :] = 0
-    judge(mask, Tokens(), Form(lengths=lengths), 9)
-    total = int(mask.sum())
-    numbers = kernels.launch_count_tokens(mask, None, False)
-    offsets = kernels.launch_pack_tokens(numbers, mask, Tokens(), Form(lengths=lengths), 9).offsets.tolist()
-    assert offsets[:3] == [0, 1200, total]
-    assert offsets[-1] == min(total + 7 * meaning.LONGEST_PIECE, meaning.bucket(total, lengths))
+    """With a rest of several pieces, with more offsets than there are pieces, and for a power of two of tokens."""
+    for second in (848, 900 // lengths):
+        mask, total = torch.ones(2, 1200, dtype=torch.int64, device=device), 1200 + second
+        mask[1, second:] = 0
+        judge(mask, Tokens(), Form(lengths=lengths), 9)
+        numbers = kernels.launch_count_tokens(mask, None, False)
+        offsets = kernels.launch_pack_tokens(numbers, mask, Tokens(), Form(lengths=lengths), 9).offsets.tolist()
+        assert offsets[:3] == [0, 1200, total]
+        assert offsets[-1] == min(total + 7 * meaning.LONGEST_PIECE, meaning.bucket(total, lengths))
 
 
 @pytest.mark.usefixtures("poisoned")
