@@ -75,7 +75,7 @@ class TrainingGraphs:
         A call that is given it need not look again.
         """
         state = self._state
-        return state if state is not None and state.is_current and not state.is_hooked else None
+        return state if state is not None and not state.is_hooked and state.is_current else None
 
     def run(self, function: Function, module: nn.Module, args: Any, kwargs: Any, note: Note, ahead: State | None = None) -> Any:
         """``function(*args, **kwargs)``, replayed where that can be done.
@@ -240,7 +240,7 @@ class State:
 
     @property
     def is_hooked(self) -> bool:
-        """Whether anything listens to a part of the module, which is asked where it is current: then the parts are those."""
+        """Whether anything listens to a part that the module had. It has no others where it is current."""
         return any(self._hooks)
 
     def is_known(self, ahead: State | None) -> bool:
