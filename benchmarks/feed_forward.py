@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from oslo_fusion.ops.kernels import find_kernels
 from oslo_fusion.ops.row_cases import drawer
 from oslo_fusion.probe import prove
 
-SHAPES = [("BERT base", 32768, 768, 3072), ("BERT large", 16384, 1024, 4096)]
-DRY_SHAPES = [("tiny", 5, 32, 96)]
+SHAPES = [("BERT base", 32768, 768, 3072), ("GPT-2", 16384, 768, 3072), ("BERT large", 16384, 1024, 4096)]
+DRY_SHAPES = [("tiny", 5, 32, 96), ("tiny GPT-2", 5, 32, 96)]
 CUTS = ((4, 256, 4), (8, 128, 4), (8, 256, 8), (4, 512, 8), (8, 256, 4))  # rows and columns of a tile, warps
 RESIDENT = (4, 8, 16)  # programs of a multiprocessor
 Call = Callable[..., Tensor]
@@ -38,6 +39,18 @@ Call = Callable[..., Tensor]
 def plain(x: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor) -> Tensor:
     """The modules' own arithmetic."""
     return F.linear(F.gelu(F.linear(x, weight, bias)), out_weight, out_bias)
+
+
+def plain_gpt2(x: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor) -> Tensor:
+    """The same of GPT-2's modules, whose weights are ``[in, out]``."""
+    h = torch.addmm(bias, x, weight)
+    act = 0.5 * h * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (h + 0.044715 * torch.pow(h, 3.0))))
+    return torch.addmm(out_bias, act, out_weight)
+
+
+def is_gpt2(name: str) -> bool:
+    """Whether the row is of GPT-2's kind."""
+    return "GPT-2" in name
 
 
 @contextlib.contextmanager
@@ -50,8 +63,8 @@ def looking(ours: bool, device: torch.device) -> Iterator[None]:
         yield
 
 
-def providers(device: torch.device, given: Sequence[Tensor]) -> dict[str, Call]:
-    """Name → the compiled function, proven to obey the law on these inputs.
+def providers(device: torch.device, given: Sequence[Tensor], function: Call = plain) -> dict[str, Call]:
+    """Name → ``function`` compiled, proven to obey the law on these inputs.
 
     Raises:
         AssertionError: one breaks it, or has not the kernel that it is named after.
@@ -59,21 +72,24 @@ def providers(device: torch.device, given: Sequence[Tensor]) -> dict[str, Call]:
     found: dict[str, Call] = {}
     for name, ours in (("inductor", False), ("ours", True)):
         backend = Backend(compiler="inductor" if device.type == "cuda" else "eager")
-        found[name] = torch.compile(plain, backend=backend, dynamic=False)
+        found[name] = torch.compile(function, backend=backend, dynamic=False)
         with looking(ours, device):
-            for comparison in prove(found[name], plain, given):
+            for comparison in prove(found[name], function, given):
                 assert comparison.same, f"{name}: {comparison}"
         assert {graph.feed_forwards for graph in backend.record.graphs} == {int(ours)}, name
     return found
 
 
-def drawn(rows: int, dim: int, inner: int, device: torch.device) -> list[Tensor]:
+def drawn(rows: int, dim: int, inner: int, device: torch.device, gpt2: bool = False) -> list[Tensor]:
     """x, then weight and bias of both layers."""
     draw = drawer(torch.bfloat16, device)
-    return [draw(rows, dim), draw(inner, dim) / dim**0.5, draw(inner), draw(dim, inner) / inner**0.5, draw(dim)]
+    weights = [draw(inner, dim) / dim**0.5, draw(dim, inner) / inner**0.5]
+    if gpt2:
+        weights = [weight.t().contiguous() for weight in weights]
+    return [draw(rows, dim), weights[0], draw(inner), weights[1], draw(dim)]
 
 
-def kernel_times(rows: int, inner: int, device: torch.device) -> dict[str, float]:
+def kernel_times(rows: int, inner: int, activation: str, device: torch.device) -> dict[str, float]:
     """µs of the kernel alone, over its cuts."""
     kernels = find_kernels("feed_forward")
     assert kernels is not None
@@ -84,14 +100,15 @@ def kernel_times(rows: int, inner: int, device: torch.device) -> dict[str, float
         programs = max(1, resident * processors // -(-inner // columns))
         blocks = kernels.FeedForwardBlocks(tile, columns, warps, programs)
         name = f"{tile}×{columns}, {warps} warps, {programs} programs"
-        runs[name] = lambda _, blocks=blocks: kernels.launch_gelu_backward_in_place(d, h, "gelu", blocks)
+        runs[name] = lambda _, blocks=blocks: kernels.launch_gelu_backward_in_place(d, h, activation, blocks)
     return {name: round(value, 1) for name, value in device_times(runs).items()}
 
 
 def measure(name: str, rows: int, dim: int, inner: int, device: torch.device) -> Iterator[dict[str, Any]]:
     """Check, then a row with every provider's times and memory."""
-    given = drawn(rows, dim, inner, device)
-    calls = providers(device, given)
+    gpt2 = is_gpt2(name)
+    given = drawn(rows, dim, inner, device, gpt2)
+    calls = providers(device, given, plain_gpt2 if gpt2 else plain)
     leaves = [t.requires_grad_() for t in given]
     dy = torch.randn(rows, dim, device=device).bfloat16()
     both: dict[str, Callable[[int], object]] = {}
@@ -118,7 +135,7 @@ def measure(name: str, rows: int, dim: int, inner: int, device: torch.device) ->
         "device_us": {provider: round(value, 1) for provider, value in device_times(both).items()},
         "forward_us": {provider: round(value, 1) for provider, value in device_times(forward).items()},
         "peak_mib": memory,
-        "kernel_us": kernel_times(rows, inner, device),
+        "kernel_us": kernel_times(rows, inner, "gelu_tanh" if gpt2 else "gelu", device),
     }
 
 
@@ -142,7 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.dry:
         for name, *shape in DRY_SHAPES:
             device = torch.device("cpu")
-            print(f"{name}: checked {', '.join(providers(device, drawn(*shape, device)))}")
+            gpt2 = is_gpt2(name)
+            checked = providers(device, drawn(*shape, device, gpt2), plain_gpt2 if gpt2 else plain)
+            print(f"{name}: checked {', '.join(checked)}")
         return
     device = need_gpu("benchmarks.feed_forward")
     roof = copy_bandwidth(device)

@@ -239,13 +239,16 @@ def sweep(shape: Shape, dtype: torch.dtype, device: torch.device, rate: float) -
     losses, target = torch.empty(rows, device=device), torch.randint(0, shape.vocab, (rows,), device=device)
     chosen_blocks = kernels.loss_blocks(shape.vocab, rows, processors)
     cuts = {chosen_blocks} | {
-        kernels.LossBlocks(columns, warps, per * processors)
-        for columns, warps, per in itertools.product((4096, 8192, 16384), (8, 16), (1, 2, 4))
-        if 8 <= columns // (32 * warps) <= 64
+        kernels.LossBlocks(columns, warps, programs)
+        for columns, warps, programs in itertools.product(
+            (2048, 4096, 8192), (4, 8, 16, 32), (2 * processors, 4 * processors, 8 * processors, rows)
+        )
+        if 8 <= columns // (32 * warps) <= 32 and min(programs, rows) * warps >= 32 * processors
     }
 
     def launch(cut: Any, _: int) -> None:
         constants = (shape.vocab, width, 0.0, 0.0, 1.0, False, True, cut.columns)
+        constants += (kernels.rest_columns(shape.vocab, cut.columns),)
         kernels._LOSS((cut.programs,), (buffer, None, target, losses), (rows, -100), constants, cut.warps)
 
     alone = {str(cut): functools.partial(launch, cut) for cut in sorted(cuts, key=str)}

@@ -30,6 +30,7 @@ from torch import Tensor, fx
 from oslo_fusion.aot.error_functions import shorten_error_functions
 from oslo_fusion.aot.feed_forwards import fuse_feed_forwards
 from oslo_fusion.aot.gated_mlps import CUT_AT, Parts, cut_gated_mlps
+from oslo_fusion.aot.joined_gradients import join_gradients
 from oslo_fusion.aot.masks import simplify_masks
 from oslo_fusion.aot.record import Break, Graph, Record
 from oslo_fusion.config import MemoryEfficientFusion
@@ -77,7 +78,7 @@ class Backend:
             random, as checkpointing the whole graph would; between them the dearest to recompute is kept, up to this share of
             memory. Up to a quarter, gated MLPs have their backward in parts, unless there are replacements, of which one may
             be part of them. At every budget, and under the same condition, GELU's gradient and that of the bias before it
-            are one kernel.
+            are one kernel. Our attention writes gradients side by side where they would be concatenated.
         passes: called in order with each graph of ATen and ``oslo_fusion::`` operators, forward and backward apart, just
             before Inductor generates its code. They change the graph in place.
         replacements: one's own kernels in place of patterns.
@@ -103,8 +104,8 @@ class Backend:
         self.activation_memory_budget = MemoryEfficientFusion(activation_memory_budget).activation_memory_budget
         self.record = record if record is not None else Record()
         self.compiler = compiler
-        shorten = shorten_error_functions
-        last = _graph_pass(*passes, shorten) if passes else _graph_pass(shorten, name=shorten.__name__)
+        own = (shorten_error_functions, join_gradients)
+        last = _graph_pass(*passes, *own, name="" if passes else " ".join(function.__name__ for function in own))
         self._patches: dict[str, Any] = {"post_grad_custom_pre_pass": last}
         self._replaces = bool(replacements)
         if replacements:

@@ -1,13 +1,15 @@
 """Feed-forward networks in Dynamo's graph: GELU's gradient and the sum for the first bias become one kernel of ours.
 
 A site is a linear layer with a bias, a GELU of its output, and a linear layer of that, with nobody else looking at what lies
-between; in half precision, on a GPU, with enough rows. The GELU is recognised by its values, however it is written. The forward
-stays plain PyTorch, which the compiler fuses as before; what it keeps for the backward stays the same too
+between; in half precision, on a GPU, with enough rows. A layer is ``F.linear``, or GPT-2's ``Conv1D``: an ``addmm`` of rows,
+between views, with a weight ``[in, out]``. The GELU is recognised by its values, however it is written. The forward stays plain
+PyTorch, which the compiler fuses as before; what it keeps for the backward stays the same too
 (:mod:`oslo_fusion.ops.feed_forward`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from oslo_fusion.aot.gated_mlps import _LINEAR, _activation, _argument, _is, _is_method, _LeaveError, _value
+from oslo_fusion.aot.gated_mlps import _ADDMM, _LINEAR, _VIEWS, _activation, _argument, _is, _is_method, _LeaveError, _value
 from oslo_fusion.ops.feed_forward import GELUS, feed_forward
 
 IN_COMPILED_LAYERS = True
@@ -31,60 +33,119 @@ _DEVICE = "cuda"
 _WRITES = ("add_", "mul_", "sub_", "div_", "copy_", "zero_", "fill_")
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A linear layer of the graph.
+
+    Attributes:
+        node: what computes it.
+        x, weight, bias: its arguments, a bias of None included.
+        transposed: the weight is ``[in, out]``.
+    """
+
+    node: fx.Node
+    x: Any
+    weight: Any
+    bias: Any
+    transposed: bool = False
+
+    def insert_weight(self, graph: fx.Graph) -> Any:
+        """The weight as ``[out, in]``, before the graph's point of insertion."""
+        return graph.call_method("t", (self.weight,)) if self.transposed else self.weight
+
+
 def fuse_feed_forwards(graph: fx.GraphModule) -> int:
     """Replace every site in the graph, in place, and count them."""
     fused = 0
     if IN_COMPILED_LAYERS and torch.is_grad_enabled():
         for node in list(graph.graph.nodes):
-            if _is(node, _LINEAR):
-                fused += _fuse(graph.graph, node)
+            out = _layer(node)
+            if out is not None:
+                fused += _fuse(graph.graph, out)
     if fused:
         graph.graph.eliminate_dead_code()
         graph.recompile()
     return fused
 
 
-def _fuse(graph: fx.Graph, out: fx.Node) -> bool:
-    act, between = _without_dropout(out.args[0])
+def _layer(node: Any) -> _Layer | None:
+    """The linear layer that a node is; None for any other."""
+    if _is(node, _LINEAR):
+        return _Layer(node, node.args[0], _argument(node, 1, "weight"), _argument(node, 2, "bias"))
+    if _is(node, _ADDMM) and len(node.args) == 3 and not node.kwargs:  # neither alpha nor beta
+        bias, x, weight = node.args
+        value = _value(bias)
+        if isinstance(value, Tensor) and value.dim() == 1:
+            return _Layer(node, x, weight, bias, transposed=True)
+    return None
+
+
+def _fuse(graph: fx.Graph, out: _Layer) -> bool:
+    act, between, viewed = _without_dropout(out.x)
     try:
         activation = _activation(act)
     except _LeaveError:
         return False
-    if activation is None or activation[1] not in GELUS or not _is(activation[0], _LINEAR):
+    if activation is None or activation[1] not in GELUS:
         return False
-    linear, formula, inside = activation
-    if any(
-        user not in inside and user not in between and user is not out for n in (linear, *inside, *between) for user in n.users
-    ):
+    source, formula, inside = activation
+    source, views, also_viewed = _without_views(source)
+    first = _layer(source)
+    if first is None:
         return False
-    weight, bias = _argument(linear, 1, "weight"), _argument(linear, 2, "bias")
-    arguments = (linear.args[0], weight, bias, _argument(out, 1, "weight"), _argument(out, 2, "bias"))
-    if not _gains(linear, *arguments):
+    if (viewed or also_viewed) and not (_is_rows(source) and _is_rows(out.x)):
+        return False  # between rows and rows, views keep their number and order
+    between += [*views, source, *inside]
+    if any(user not in between and user is not out.node for n in between for user in n.users):
         return False
-    with graph.inserting_before(out):
-        new = graph.call_function(feed_forward, (*arguments, formula))
-    new.meta.update(out.meta)
-    out.replace_all_uses_with(new)
-    graph.erase_node(out)
+    if not _gains(first, out):
+        return False
+    with graph.inserting_before(out.node):
+        weights = [layer.insert_weight(graph) for layer in (first, out)]
+        new = graph.call_function(feed_forward, (first.x, weights[0], first.bias, weights[1], out.bias, formula))
+    new.meta.update(out.node.meta)
+    out.node.replace_all_uses_with(new)
+    graph.erase_node(out.node)
     return True
 
 
-def _without_dropout(node: Any) -> tuple[Any, list[fx.Node]]:
-    """What a dropout that does nothing is of, and the dropouts."""
-    between: list[fx.Node] = []
+def _without_dropout(node: Any) -> tuple[Any, list[fx.Node], bool]:
+    """What a dropout that does nothing is of, or a view; those nodes; and whether there is a view."""
+    node, between, viewed = _without_views(node)
     while _is(node, (F.dropout, torch.dropout)):
         if _argument(node, 1, "p") != 0 and _argument(node, 2, "training") is not False:
             break
         between.append(node)
+        node, views, more = _without_views(node.args[0])
+        between += views
+        viewed = viewed or more
+    return node, between, viewed
+
+
+def _without_views(node: Any) -> tuple[Any, list[fx.Node], bool]:
+    """What views that leave the last dimension alone are of; they; and whether there are any."""
+    views: list[fx.Node] = []
+    while _is_method(node, *_VIEWS):
+        before, after = _value(node.args[0]), _value(node)
+        if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.shape[-1:] != after.shape[-1:]:
+            break
+        views.append(node)
         node = node.args[0]
-    return node, between
+    return node, views, bool(views)
 
 
-def _gains(linear: fx.Node, x: Any, weight: Any, bias: Any, out_weight: Any, out_bias: Any) -> bool:
+def _is_rows(node: Any) -> bool:
+    value = _value(node)
+    return isinstance(value, Tensor) and value.dim() == 2
+
+
+def _gains(first: _Layer, out: _Layer) -> bool:
     """Whether the kernel can be used and all that it makes is wanted."""
-    if bias is None or any(_is_method(user, *_WRITES) for user in x.users):
+    x = first.x
+    if first.bias is None or any(_is_method(user, *_WRITES) for n in (x, _without_views(x)[0]) for user in n.users):
         return False
-    h, given = _value(linear), [_value(n) for n in (x, weight, bias, out_weight, out_bias) if n is not None]
+    tensors = (x, first.weight, first.bias, out.weight, out.bias)
+    h, given = _value(first.node), [_value(n) for n in tensors if n is not None]
     if not isinstance(h, Tensor) or any(not isinstance(v, Tensor) or is_traceable_wrapper_subclass(v) for v in given):
         return False
     if h.device.type != _DEVICE or h.dtype not in _HALF or any(v.device != h.device for v in given):
@@ -92,7 +153,7 @@ def _gains(linear: fx.Node, x: Any, weight: Any, bias: Any, out_weight: Any, out
     autocast = torch.amp.is_autocast_available(_DEVICE) and torch.is_autocast_enabled(_DEVICE)
     if any(v.dtype != h.dtype and not (autocast and v.dtype in (*_HALF, torch.float32)) for v in given):
         return False
-    return all(_value(n).requires_grad for n in (weight, bias, out_weight)) and _rows(h) >= FEWEST_ROWS
+    return all(_value(n).requires_grad for n in (first.weight, first.bias, out.weight)) and _rows(h) >= FEWEST_ROWS
 
 
 def _rows(h: Tensor) -> int:

@@ -7,6 +7,7 @@ values, however it is written. The forward stays plain PyTorch, which the compil
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ CUT_AT = 0.25
 16384 tokens): up to a quarter neither fits, so a backward that computes them again costs nothing. Above, they may be kept."""
 
 _LINEAR = (F.linear, torch._C._nn.linear)
+_ADDMM = (torch.addmm,)
+_VIEWS = ("view", "reshape")
 _PRODUCT = (operator.mul, torch.mul)
 _HALVES = (torch.chunk, torch.split)
 _NAMED = (F.silu, F.gelu, torch._C._nn.gelu)
@@ -184,15 +187,18 @@ def _activation(node: Any) -> tuple[fx.Node, str, list[fx.Node]] | None:
 def _is_source(node: fx.Node) -> bool:
     """Whether it is no operator of an activation. Only plain functions are ever run: an all-reduce must not be, say."""
     if node.op == "call_method":
-        return bool(node.target == "__getitem__")
+        return node.target in ("__getitem__", *_VIEWS)
     module = getattr(node.target, "__module__", None) or ""
     plain = module in ("_operator", "math", "torch") or module.startswith(("torch.nn.", "torch._C", "torch._VF"))
     is_operator = isinstance(node.target, (torch._ops.OperatorBase, torch._ops.OpOverloadPacket))
-    return not plain or is_operator or node.target in (*_LINEAR, operator.getitem)
+    return not plain or is_operator or node.target in (*_LINEAR, *_ADDMM, operator.getitem)
 
 
 def _formula(node: fx.Node, gate: fx.Node, inside: set[fx.Node]) -> str | None:
-    grid = torch.linspace(-12, 12, 97, dtype=torch.float64, device="cpu").reshape(1, 1, -1)
+    value = _value(gate)
+    # No two dimensions are alike, and no two numbers, so that what moves them is no activation.
+    shape = (*range(2, value.dim() + 1), 97) if isinstance(value, Tensor) and value.dim() else (2, 3, 97)
+    grid = torch.linspace(-12, 12, math.prod(shape), dtype=torch.float64, device="cpu").reshape(shape)
     values: dict[fx.Node, Any] = {gate: grid.clone()}
     try:
         with torch.no_grad(), probe.preserved_random_state(), torch.autocast("cpu", enabled=False):

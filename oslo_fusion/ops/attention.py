@@ -96,6 +96,10 @@ class Options(NamedTuple):
     keep: bool = False
 
 
+Gradients = tuple[Tensor, Tensor, Tensor]
+"""Of ``q``, ``k`` and ``v``."""
+
+
 def _error(name: str, received: object, allowed: str, remedy: str = "") -> ConfigError:
     return ConfigError(f"{NAME}: {name}: received {received}. Allowed: {allowed}." + (f" Remedy: {remedy}." if remedy else ""))
 
@@ -339,6 +343,26 @@ def new_like_tokens(x: Tensor) -> Tensor:
     return torch.empty((batch, tokens, heads, dim), dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
+def new_joined(q: Tensor, k: Tensor) -> tuple[Tensor, Gradients]:
+    """One empty tensor for the gradients of ``q``, ``k`` and ``v``, and they as views of it.
+
+    Its memory is that of what a merged projection gives before it is split: ``[batch, tokens, heads + 2 · kv_heads, dim]``, or
+    ``[tokens, heads + 2 · kv_heads, dim]`` packed.
+
+    Raises:
+        ConfigError: there are not as many keys as queries.
+    """
+    tokens = 0 if q.dim() == 3 else 2
+    if q.shape[tokens] != k.shape[tokens]:
+        remedy = "attention_backward, whose gradients lie apart"
+        raise _error("k", f"{k.shape[tokens]} keys", f"{q.shape[tokens]}, as many as queries", remedy)
+    heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[-1]
+    leading = (q.shape[0],) if q.dim() == 3 else (q.shape[0], q.shape[2])
+    joined = torch.empty((*leading, heads + 2 * kv_heads, dim), dtype=q.dtype, device=q.device)
+    dq, dk, dv = (joined if q.dim() == 3 else joined.transpose(1, 2)).split([heads, kv_heads, kv_heads], 1)
+    return joined, (dq, dk, dv)
+
+
 def new_logsumexp(q: Tensor) -> Tensor:
     """An empty tensor for the logarithms.
 
@@ -455,7 +479,16 @@ def attention_reference(
 
 
 def attention_backward_reference(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, rest: Tensor, kept: Tensor, *arguments: Any
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    rest: Tensor,
+    kept: Tensor,
+    *arguments: Any,
+    gradients: Gradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradient, in plain PyTorch.
 
@@ -465,13 +498,14 @@ def attention_backward_reference(
         out, logsumexp, rest, kept: what it returned. Not needed here, where the mask is drawn again; kernels compute the
             probabilities from them.
         arguments: :class:`Extras`, then :class:`Options`, then whether the table's gradient is wanted.
+        gradients: where to write those of ``q``, ``k`` and ``v``; by default into new tensors.
 
     Returns:
         The gradients of ``q``, ``k``, ``v`` and of the table (no elements unless wanted).
     """
     extras, options, table_gradient = split(arguments)
     packed, wide, groups = q.dim() == 3, wide_dtype(q.dtype), q.shape[1] // k.shape[1]
-    dq, dk, dv = (new_like_tokens(x) for x in (q, k, v))
+    dq, dk, dv = gradients or tuple(new_like_tokens(x) for x in (q, k, v))
     table = extras.table if table_gradient else None
     dtable = q.new_zeros(0 if table is None else table.shape, dtype=wide)
     for part in _parts(extras):
@@ -500,6 +534,7 @@ def split(arguments: tuple[Any, ...]) -> tuple[Extras, Options, bool]:
 # --- the operators -----------------------------------------------------------------------------------------------------------
 
 _BACKWARD = "attention_backward"
+_JOINED = "attention_backward_joined"
 _LIBRARY = torch.library.Library("oslo_fusion", "FRAGMENT")
 _ARGUMENTS = (
     "Tensor? table, Tensor? slopes, Tensor? key_mask, Tensor? key_lengths, Tensor? mask, Tensor? q_offsets, Tensor? k_offsets, "
@@ -512,6 +547,7 @@ _SCHEMAS = {
     f"{_ARGUMENTS}, bool table_gradient)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dtable)",
 }
+_SCHEMAS[_JOINED] = _SCHEMAS[_BACKWARD].replace("Tensor dq, Tensor dk, Tensor dv", "Tensor joined")
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(f"{_name}{_schema}", tags=torch.Tag.pt2_compliant_tag)
 
@@ -533,8 +569,16 @@ def _backward_default(dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Te
     return result
 
 
+def _joined_default(dout: Tensor, q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    kernels = find_kernels(NAME) if dout.is_cuda else None
+    launch = attention_backward_reference if kernels is None else kernels.launch_attention_backward
+    joined, gradients = new_joined(q, k)
+    *_, dtable = launch(dout, q, k, *arguments, gradients=gradients)
+    return joined, dtable
+
+
 def register_kernels(forward: Any, backward: Any, key: str) -> None:
-    """Register faster implementations of the two operators for one dispatch key, such as ``CUDA``."""
+    """Register faster implementations of the first two operators for one dispatch key, such as ``CUDA``."""
     _LIBRARY.impl(NAME, forward, key)
     _LIBRARY.impl(_BACKWARD, backward, key)
 
@@ -557,12 +601,20 @@ def _backward_fake(
     return new_like_tokens(q), new_like_tokens(k), new_like_tokens(v), dtable
 
 
+def _joined_fake(dout: Tensor, q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return new_joined(q, k)[0], _backward_fake(dout, q, k, *arguments)[3]
+
+
 _LIBRARY.impl(NAME, _default, "CompositeExplicitAutograd")
 _LIBRARY.impl(_BACKWARD, _backward_default, "CompositeExplicitAutograd")
+_LIBRARY.impl(_JOINED, _joined_default, "CompositeExplicitAutograd")
 torch.library.register_fake(f"oslo_fusion::{NAME}", _fake, lib=_LIBRARY)
 torch.library.register_fake(f"oslo_fusion::{_BACKWARD}", _backward_fake, lib=_LIBRARY)
+torch.library.register_fake(f"oslo_fusion::{_JOINED}", _joined_fake, lib=_LIBRARY)
 ATTENTION = torch.ops.oslo_fusion.attention.default
 ATTENTION_BACKWARD = torch.ops.oslo_fusion.attention_backward.default
+ATTENTION_BACKWARD_JOINED = torch.ops.oslo_fusion.attention_backward_joined.default
+"""The same with the three gradients in one tensor (:func:`new_joined`), for what comes of a merged projection."""
 
 
 # --- the gradient ------------------------------------------------------------------------------------------------------------

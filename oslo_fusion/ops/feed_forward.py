@@ -188,12 +188,18 @@ class _FeedForward(torch.autograd.Function):
         act, dh, dbias = FEED_FORWARD_BACKWARD(dy_rows, out_weight, h.reshape(-1, h.shape[-1]), ctx.activation)
         return (
             torch.mm(dh, weight).view(x.shape) if wanted[0] else None,
-            torch.mm(dh.t(), x_rows) if wanted[1] else None,
+            _weight_gradient(dh, x_rows, weight) if wanted[1] else None,
             dbias if wanted[2] else None,
-            torch.mm(dy_rows.t(), act) if wanted[3] else None,
+            _weight_gradient(dy_rows, act, out_weight) if wanted[3] else None,
             dy_rows.sum(0) if wanted[4] else None,
             None,
         )
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``dyᵀ x``, in memory as the weight is: that of a transposed one is not copied where it is added to ``.grad``."""
+    transposed = weight.stride(0) == 1 and weight.stride(1) != 1
+    return torch.mm(x.t(), dy).t() if transposed else torch.mm(dy.t(), x)
 
 
 def feed_forward(
@@ -205,7 +211,8 @@ def feed_forward(
 
     Args:
         x: ``[*batch, dim]``; half, bfloat16, float or double; any strides, zero rows allowed.
-        weight, bias: of the first layer, ``[inner, dim]`` and ``[inner]``.
+        weight, bias: of the first layer, ``[inner, dim]`` and ``[inner]``. Weights may be transposed views: their gradients
+            are too.
         out_weight, out_bias: of the second, ``[out, inner]`` and ``[out]`` or None.
         activation: ``gelu`` or ``gelu_tanh``.
 

@@ -39,11 +39,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from oslo_fusion.ops.attention import (
     UNLIMITED,
     Extras,
+    Gradients,
     Options,
     _check,
     attention_backward_reference,
@@ -59,7 +59,7 @@ from oslo_fusion.ops.attention import (
 )
 from oslo_fusion.ops.dropout import kept_scale, kept_threshold
 from oslo_fusion.triton.dropout import philox, random_key
-from oslo_fusion.triton.launch import Kernel
+from oslo_fusion.triton.launch import Kernel, chained, chains, compute_capability
 from oslo_fusion.triton.rows import device_facts, on_device, stride_unit
 
 _REACH = 512  # how far the list of distances goes beyond max_distance: queries and keys of a tile together at most
@@ -201,15 +201,6 @@ def _sequence(offsets_ptr, batch, tokens, PACKED: tl.constexpr):
 def _base(tensor_ptr, batch, head, first, batch_units, head_units, token_units, UNIT: tl.constexpr):
     offset = batch.to(tl.int64) * batch_units + head.to(tl.int64) * head_units + first.to(tl.int64) * token_units
     return tensor_ptr + offset * UNIT
-
-
-@triton.jit
-def _chained(CHAIN: tl.constexpr):
-    """Where a kernel needs what the one before it wrote, and the one after it may begin: see :func:`_chain`."""
-    if CHAIN == 2:
-        gdc_wait()
-    if CHAIN > 0:
-        gdc_launch_dependents()
 
 
 @triton.jit
@@ -682,7 +673,7 @@ def _slope(slopes_ptr, head, NATURAL: tl.constexpr):
 def _attention_distances_kernel(
     table_ptr, buckets_ptr, distances_ptr, factor, heads, width, CHAIN: tl.constexpr, BLOCK: tl.constexpr
 ):
-    _chained(CHAIN)
+    chained(CHAIN)
     head = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < width
@@ -878,7 +869,7 @@ def _attention_fwd_kernel(
     k_ptrs = k_base + cols[None, :] * k_step + dims[:, None]
     v_step = v_token.to(tl.int64) * UNIT
     v_ptrs = v_base + cols[:, None] * v_step + dims[None, :]
-    _chained(CHAIN)
+    chained(CHAIN)
     for k0 in tl.range(low, high, KEYS, num_stages=STAGES):
         inside = k0 + cols < keys
         k_mask = inside[None, :] if DIM == WIDTH else inside[None, :] & (dims < DIM)[:, None]
@@ -1074,14 +1065,15 @@ def _attention_dkdv_kernel(
     low = low // QUERIES * QUERIES
     if (k0 >= end) | (k0 + KEYS <= begin):
         high = low
-    BORDERED: tl.constexpr = not WHOLE_KEYS or RANGE != 0 or HAS_LEFT or HAS_RIGHT
+    # Without dropout always: in a loop without a branch Triton 3.6 and its ptxas make each matmul wait for the one before.
+    BORDERED: tl.constexpr = not DROPOUT or not WHOLE_KEYS or RANGE != 0 or HAS_LEFT or HAS_RIGHT
     NATURAL: tl.constexpr = sums_ptr.dtype.element_ty == tl.float64
     # APART: queries of each head of a group are summed alone first, as eager code does. One sum over four is twice as wrong.
     dk = tl.zeros((KEYS, WIDTH), dtype=tl.float32)
     dv = tl.zeros((KEYS, WIDTH), dtype=tl.float32)
     all_dk, all_dv = dk, dv
     slope, kept_base = 0.0, kept_ptr
-    _chained(CHAIN)
+    chained(CHAIN)
     for member in range(0, groups if GROUPED else 1):
         head = kv_head * groups + member if GROUPED else kv_head
         q_base = _base(q_ptr, batch, head, first_query, q_batch, q_head, q_token, UNIT)
@@ -1357,7 +1349,7 @@ def _attention_dq_kernel(
     k_ptrs = k_base + cols[:, None] * k_step + dims[None, :]
     v_step = v_token.to(tl.int64) * UNIT
     v_ptrs = v_base + cols[:, None] * v_step + dims[None, :]
-    _chained(CHAIN)
+    chained(CHAIN)
     if DELTA == 0:
         tl.store(delta_ptr + sum_offset + q0 + rows, delta, mask=inside)
     for k0 in tl.range(low, high, KEYS, num_stages=STAGES):
@@ -1529,7 +1521,7 @@ def _attention_dtable_kernel(
     g_places, v_places = rows[:, None] * g_step + dims[None, :], cols[:, None] * v_step + dims[None, :]
     last = tl.minimum((part + 1) * most, batches * count)  # the last parts of a short diagonal are empty
     count = tl.maximum(count, 1)
-    _chained(CHAIN)
+    chained(CHAIN)
     for item in tl.range(part * most, last, num_stages=STAGES):
         batch, q0 = item // count, (low + item % count) * QUERIES
         first_query, sequence = _sequence(q_offsets_ptr, batch, queries, PACKED)
@@ -1632,7 +1624,7 @@ def _attention_dtable_diagonals_kernel(
     ROWS: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    _chained(CHAIN)
+    chained(CHAIN)
     # A tile's sums by bucket. A column of what is read here is a distance, so each row is read from another place on.
     number = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     tile_ptr = parts_ptr + number.to(tl.int64) * (QUERIES * KEYS)
@@ -1668,7 +1660,7 @@ def _attention_dtable_sum_kernel(
     ROWS: tl.constexpr,
     FAR: tl.constexpr,
 ):
-    _chained(CHAIN)
+    chained(CHAIN)
     head = tl.program_id(0)
     names = tl.arange(0, COUNT)
     near = tl.zeros((ROWS, COUNT), dtype=tl.float32)
@@ -1899,18 +1891,10 @@ def _set_up(q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -
 def _chain(q: Tensor, batches: int, place: int) -> int:
     """The constant CHAIN: 1 for the first kernel of a call, 2 for one right after another of ours, 0 where that cannot be told.
 
-    The latter is launched when the programs of the one before have all begun, reads what was there before it, and waits for it
-    where it needs it. Without, each launch costs a microsecond or two of idle device, and T5's forward has two, its backward
-    six. Every kernel but the first waits, so that the end of one is the end of all before it. Between them torch may launch
-    nothing: what has to be copied is copied before the first.
+    T5's forward has two, its backward six.
     """
     one_launch_each = q.dtype != torch.float32 and batches <= _MOST_BATCHES
-    return place if one_launch_each and _reads_by_instruction(q) >= 9 else 0
-
-
-@functools.lru_cache(maxsize=64)
-def _major(device: int | None) -> int:
-    return torch.cuda.get_device_capability(device)[0]
+    return place if one_launch_each and chains(q) else 0
 
 
 def _reads_by_instruction(q: Tensor) -> int:
@@ -1918,7 +1902,7 @@ def _reads_by_instruction(q: Tensor) -> int:
 
     A test takes -1: reads in pairs as 9 does, with loads that the interpreter has.
     """
-    return _major(q.device.index) if q.is_cuda and torch.version.hip is None else 0
+    return compute_capability(q)
 
 
 def _folds(q: Tensor, extras: Extras, options: Options) -> bool:
@@ -2010,15 +1994,17 @@ def launch_attention_backward(
     kept: Tensor,
     *arguments: Any,
     blocks: BackwardBlocks | None = None,
+    gradients: Gradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`oslo_fusion.ops.attention.attention_backward_reference`; ``blocks`` overrides the heuristic."""
     extras, options, wanted = split(arguments)
     if q.dtype == torch.float64:
-        return attention_backward_reference(dout, q, k, v, out, logsumexp, rest, kept, *arguments)
+        return attention_backward_reference(dout, q, k, v, out, logsumexp, rest, kept, *arguments, gradients=gradients)
     _check(q, k, v, extras, options)
     check_kept(q, k, kept, extras, options)
     table = extras.table if wanted else None
-    dq, dk, dv = (new_like_tokens(x) for x in (q, k, v))
+    # Those of k and v have the same strides, for which the kernel that writes both has one argument each.
+    dq, dk, dv = gradients or tuple(new_like_tokens(x) for x in (q, k, v))
     if table is None:
         dtable = torch.empty((0,), dtype=torch.float32, device=q.device)
     else:

@@ -35,12 +35,13 @@ from oslo_fusion.ops.dropout_add_layer_norm import (
     result_dtypes,
 )
 from oslo_fusion.triton.dropout import kept_in_rows, random_key
-from oslo_fusion.triton.launch import Kernel
+from oslo_fusion.triton.launch import Kernel, chained
 from oslo_fusion.triton.rows import (
     RowBlocks,
     as_rows,
     column_sums,
     device_facts,
+    first_of_two,
     forward_blocks,
     must_refer,
     on_device,
@@ -178,7 +179,9 @@ def _dropout_add_layer_norm_bwd_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
+    chained(CHAIN)
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)[None, :]
     cols_mask = cols < DIM
@@ -380,6 +383,7 @@ def launch_dropout_add_layer_norm_backward(
                 blocks.rows,
                 blocks.columns,
                 blocks.stages,
+                first_of_two(s),
             ),
             blocks.warps,
         )

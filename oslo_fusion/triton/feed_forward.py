@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from oslo_fusion.triton.glu import _activate_with_slope
-from oslo_fusion.triton.launch import Kernel
-from oslo_fusion.triton.rows import column_sums, device_facts, on_device
+from oslo_fusion.triton.launch import Kernel, chained
+from oslo_fusion.triton.rows import column_sums, device_facts, first_of_two, on_device
 
 _COLUMNS = 256  # of a tile: 512 bytes in half precision, which memory serves in whole bursts
 _WARPS = 4
@@ -72,8 +72,10 @@ def _gelu_bwd_sums_kernel(
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
     """Each number is read and written by one thread, which reads first: the gradient of the output becomes the input's."""
+    chained(CHAIN)
     cols = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     cols_mask = cols < DIM
     program = tl.program_id(1)
@@ -119,7 +121,7 @@ def launch_gelu_backward_in_place(
             (-(-dim // blocks.columns), blocks.programs),
             (dact, h, act, partials),
             (rows,),
-            (activation, h.element_size() == 2, dim, blocks.rows, blocks.columns),
+            (activation, h.element_size() == 2, dim, blocks.rows, blocks.columns, first_of_two(h)),
             blocks.warps,
         )
         column_sums(partials, dbias)

@@ -7,15 +7,51 @@ So the compiled kernel is kept under these.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _ALIGNMENT = 16
 _WIDE = 1 << 31
 _HIP = torch.version.hip is not None
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def chained(CHAIN: tl.constexpr) -> None:
+    """Where a kernel needs what the one before it wrote, and the one after it may begin: see :func:`chains`.
+
+    CHAIN: 1 for the first kernel of a call, 2 for one right after another of ours, 0 where that cannot be told.
+    """
+    if CHAIN == 2:
+        gdc_wait()
+    if CHAIN > 0:
+        gdc_launch_dependents()
+
+
+@functools.lru_cache(maxsize=64)
+def _major(device: int | None) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def compute_capability(x: Tensor) -> int:
+    """The major compute capability of NVIDIA's device that ``x`` is on, 0 elsewhere."""
+    return _major(x.device.index) if x.is_cuda and not _HIP else 0
+
+
+def chains(x: Tensor) -> bool:
+    """Whether kernels of one call on this device are chained by programmatic dependent launch.
+
+    A kernel launched ``early`` begins when all programs of the one before have begun, reads what was there before that one, and
+    waits for it where it needs it. Without, each launch costs a microsecond or two of idle device. Every kernel but the first
+    waits, so that the end of one is the end of all before it. Between them torch may launch nothing: what has to be copied is
+    copied before the first.
+    """
+    return compute_capability(x) >= 9
 
 
 class Kernel:

@@ -29,7 +29,7 @@ from oslo_fusion.ops.layer_norm import (
     result_dtypes,
 )
 from oslo_fusion.triton import ragged_rows
-from oslo_fusion.triton.launch import Kernel
+from oslo_fusion.triton.launch import Kernel, chained
 from oslo_fusion.triton.rows import (
     RAGGED_BACKWARD,
     RAGGED_FORWARD,
@@ -39,6 +39,7 @@ from oslo_fusion.triton.rows import (
     backward_blocks,
     column_sums,
     device_facts,
+    first_of_two,
     forward_blocks,
     is_ragged,
     must_refer,
@@ -128,7 +129,9 @@ def _layer_norm_bwd_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
+    chained(CHAIN)
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)[None, :]
     cols_mask = cols < DIM
@@ -215,7 +218,9 @@ def _layer_norm_wide_bwd_kernel(
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     AHEAD: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
+    chained(CHAIN)
     # The two sums of 16384 columns are half of all registers, so a row cannot stay there. It is read twice, part by part: for
     # its means, then for its gradient, and the second time it is in the L1 cache still. One row at a time for that reason.
     # The first AHEAD parts of a row are loaded while the row before it is reduced and finished: memory would be idle there.
@@ -446,6 +451,7 @@ def launch_layer_norm_backward(
                     blocks.columns,
                     min(16 // s.element_size(), unit, blocks.columns // (32 * blocks.warps)),
                     blocks.ahead,
+                    first_of_two(s),
                 ),
                 blocks.warps,
             )
@@ -478,6 +484,7 @@ def launch_layer_norm_backward(
                 blocks.rows,
                 blocks.columns,
                 blocks.stages,
+                first_of_two(s),
             ),
             blocks.warps,
         )

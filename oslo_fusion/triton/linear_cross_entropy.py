@@ -59,6 +59,12 @@ class LossBlocks:
     programs: int
 
 
+def rest_columns(vocab: int, columns: int) -> int:
+    """Columns, a power of two, that hold what is left of a row after whole blocks of ``columns`` words, with its padding."""
+    left = padded_width(vocab) - vocab // columns * columns
+    return 1 << (left - 1).bit_length() if vocab % columns else 0
+
+
 def padded_width(vocab: int) -> int:
     """Numbers from one row of the logits' buffer to the next."""
     return -(-vocab // _PADDING) * _PADDING
@@ -97,7 +103,7 @@ def loss_blocks(vocab: int, rows: int, processors: int) -> LossBlocks:
         vocab, rows: of the chunk.
         processors: multiprocessors of the device.
     """
-    columns = min(16384 if vocab > 65536 else 4096, 1 << max(7, (vocab - 1).bit_length()))
+    columns = min(4096, 1 << max(7, (vocab - 1).bit_length()))
     warps = max(4, min(_MAX_WARPS, columns // 256))
     return LossBlocks(columns, warps, min(rows, 64 // warps * processors))
 
@@ -114,12 +120,81 @@ def _tanh(x):
 def _logits(x, bias_ptr, cols, mask, SCALE: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr):
     z = x.to(tl.float32)
     if HAS_BIAS:
-        z += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        if mask is None:
+            z += tl.load(bias_ptr + cols).to(tl.float32)
+        else:
+            z += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     if SCALE != 1.0:
         z *= SCALE
     if CAP != 0.0:
         z = _tanh(z / CAP) * CAP
     return z
+
+
+@triton.jit
+def _block(
+    row_ptr,
+    bias_ptr,
+    start,
+    WIDTH: tl.constexpr,
+    CAP: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """Logits of a block, and their columns. WHOLE: all of them lie before WIDTH. KEEP: they are read once more."""
+    cols = start + tl.arange(0, BLOCK)
+    mask = None if WHOLE else cols < WIDTH
+    policy: tl.constexpr = "evict_last" if KEEP else "evict_first"
+    if WHOLE:
+        x = tl.load(row_ptr + cols, eviction_policy=policy)
+    else:
+        x = tl.load(row_ptr + cols, mask=mask, other=0.0, eviction_policy=policy)
+    return _logits(x, bias_ptr, cols, mask, SCALE, CAP, HAS_BIAS), cols
+
+
+@triton.jit
+def _powers(z, top):
+    """``exp(z - top)``: one multiply-add each, and a rounding of ``top``'s product that all of them have in common."""
+    return tl.exp2(z * 1.4426950408889634 - top * 1.4426950408889634)
+
+
+@triton.jit
+def _softmax_step(z, top, total, GROUP: tl.constexpr):
+    """The running maximum and sum of as many numbers as ``z`` has groups of neighbours, which lie in one thread's registers."""
+    grouped = tl.reshape(z, (z.shape[0] // GROUP, GROUP))
+    higher = tl.maximum(top, tl.max(grouped, axis=1))
+    total = total * _powers(top, higher) + tl.sum(_powers(grouped, higher[:, None]), axis=1)
+    return higher, total
+
+
+@triton.jit
+def _gradient(
+    z,
+    cols,
+    label,
+    start,
+    top,
+    share,
+    VOCAB: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    CAP: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Not exp(z - logsumexp): the rounding of that number would be an error common to all words of the row.
+    d = _powers(z, top) * share
+    if SMOOTHING != 0.0:
+        d -= SMOOTHING / VOCAB
+    if (label >= start) & (label < start + BLOCK):
+        d = tl.where(cols == label, d - (1.0 - SMOOTHING), d)
+    if CAP != 0.0:
+        d *= 1.0 - (z / CAP) * (z / CAP)
+    if SCALE != 1.0:
+        d *= SCALE
+    return d
 
 
 @triton.jit(do_not_specialize=["num_rows", "ignore_index"])
@@ -138,9 +213,13 @@ def _loss_kernel(
     HAS_BIAS: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    REST: tl.constexpr,
 ):
-    # Loads and stores reach into the padding (WIDTH), which leaves them whole lines; what counts ends at VOCAB.
+    # Blocks that are words as a whole, then REST columns, a power of two, for what is left. There loads and stores reach into
+    # the padding (WIDTH), which leaves them whole lines; what counts ends at VOCAB.
     # The pointer goes from row to row: row · WIDTH may be more than 32 bits hold.
+    END: tl.constexpr = VOCAB // BLOCK * BLOCK
+    GROUP: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth  # numbers of a thread's load
     row_ptr = logits_ptr + tl.program_id(0).to(tl.int64) * WIDTH
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         label = tl.load(labels_ptr + row)
@@ -153,39 +232,43 @@ def _loss_kernel(
                     tl.store(row_ptr + cols, zero.to(logits_ptr.dtype.element_ty), mask=cols < WIDTH)
         else:
             inside = (label >= 0) & (label < VOCAB)
-            at_label = tl.load(row_ptr + label, mask=inside, other=0.0)
-            at_label = _logits(at_label, bias_ptr, label, inside, SCALE, CAP, HAS_BIAS)
+            word = tl.where(inside, label, VOCAB).to(tl.int32)
+            at_label = tl.load(row_ptr + word, mask=inside, other=0.0)
+            at_label = _logits(at_label, bias_ptr, word, inside, SCALE, CAP, HAS_BIAS)
+            # Maximum and sum of every GROUP columns apart: nothing crosses threads before the row is read.
             # Not -inf: a first block in which all words are forbidden would make NaN of -inf - -inf.
-            top, total, mean = -3.0e38, 0.0, 0.0
-            for start in range(0, WIDTH, BLOCK):
-                cols = start + tl.arange(0, BLOCK)
-                mask = cols < WIDTH
-                x = tl.load(row_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last")
-                z = _logits(x, bias_ptr, cols, mask, SCALE, CAP, HAS_BIAS)
+            tops = tl.full((BLOCK // GROUP,), -1.0e38, dtype=tl.float32)
+            totals = tl.zeros((BLOCK // GROUP,), dtype=tl.float32)
+            means = tl.zeros((BLOCK // GROUP,), dtype=tl.float32)
+            for start in range(0, END, BLOCK):
+                z, cols = _block(row_ptr, bias_ptr, start, WIDTH, CAP, SCALE, HAS_BIAS, BLOCK, True, True)
                 if SMOOTHING != 0.0:
-                    mean += tl.sum(tl.where(cols < VOCAB, z, 0.0), axis=0) / VOCAB
-                z = tl.where(cols < VOCAB, z, float("-inf"))
-                higher = tl.maximum(top, tl.max(z, axis=0))
-                total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), axis=0)
+                    means += tl.sum(tl.reshape(z, (BLOCK // GROUP, GROUP)), axis=1)
+                tops, totals = _softmax_step(z, tops, totals, GROUP)
+            top = tl.max(tops, axis=0)
+            total = tl.sum(totals * _powers(tops, top), axis=0)
+            mean = tl.sum(means, axis=0)
+            if REST > 0:
+                rest, places = _block(row_ptr, bias_ptr, END, WIDTH, CAP, SCALE, HAS_BIAS, REST, False, True)
+                if SMOOTHING != 0.0:
+                    mean += tl.sum(tl.where(places < VOCAB, rest, 0.0), axis=0)
+                rest = tl.where(places < VOCAB, rest, float("-inf"))
+                higher = tl.maximum(top, tl.max(rest, axis=0))
+                total = total * _powers(top, higher) + tl.sum(_powers(rest, higher), axis=0)
                 top = higher
-            logsumexp = top + tl.log(total)
-            tl.store(losses_ptr + row, logsumexp - (1.0 - SMOOTHING) * at_label - SMOOTHING * mean)
+            target = at_label if SMOOTHING == 0.0 else (1.0 - SMOOTHING) * at_label + SMOOTHING * (mean / VOCAB)
+            tl.store(losses_ptr + row, (top - target) + tl.log(total))
             if GRADIENT:
-                # Not exp(z - logsumexp): the rounding of that number would be an error common to all words of the row.
                 share = 1.0 / total
-                for start in range(0, WIDTH, BLOCK):
-                    cols = start + tl.arange(0, BLOCK)
-                    mask = cols < WIDTH
-                    x = tl.load(row_ptr + cols, mask=mask, other=0.0)
-                    z = _logits(x, bias_ptr, cols, mask, SCALE, CAP, HAS_BIAS)
-                    d = tl.exp(z - top) * share - SMOOTHING / VOCAB
-                    d = tl.where(cols == label, d - (1.0 - SMOOTHING), d)
-                    if CAP != 0.0:
-                        d *= 1.0 - (z / CAP) * (z / CAP)
-                    if SCALE != 1.0:
-                        d *= SCALE
-                    d = tl.where(cols < VOCAB, d, 0.0)
-                    tl.store(row_ptr + cols, d.to(logits_ptr.dtype.element_ty), mask=mask)
+                for start in range(0, END, BLOCK):
+                    z, cols = _block(row_ptr, bias_ptr, start, WIDTH, CAP, SCALE, HAS_BIAS, BLOCK, True, False)
+                    d = _gradient(z, cols, word, start, top, share, VOCAB, SMOOTHING, CAP, SCALE, BLOCK)
+                    tl.store(row_ptr + cols, d.to(logits_ptr.dtype.element_ty))
+                if REST > 0:
+                    rest, places = _block(row_ptr, bias_ptr, END, WIDTH, CAP, SCALE, HAS_BIAS, REST, False, False)
+                    slope = _gradient(rest, places, word, END, top, share, VOCAB, SMOOTHING, CAP, SCALE, REST)
+                    slope = tl.where(places < VOCAB, slope, 0.0)
+                    tl.store(row_ptr + places, slope.to(logits_ptr.dtype.element_ty), mask=places < WIDTH)
         row_ptr += tl.num_programs(0).to(tl.int64) * WIDTH
 
 
@@ -311,6 +394,7 @@ def launch_linear_cross_entropy(
                     bias is not None,
                     gradient,
                     cut.columns,
+                    rest_columns(vocab, cut.columns),
                 ),
                 cut.warps,
             )

@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oslo_fusion.triton.launch import Kernel
-from oslo_fusion.triton.rows import PHASES, RowBlocks
+from oslo_fusion.triton.launch import Kernel, chained
+from oslo_fusion.triton.rows import PHASES, RowBlocks, first_of_two
 
 _BORDER = 16  # bytes
 
@@ -145,7 +145,9 @@ def _ragged_norm_bwd_kernel(
     BIAS_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
+    chained(CHAIN)
     first, step = tl.program_id(0), tl.num_programs(0)
     head, middle, edge, edge_mask = _cut(first, DIM)
     cols = tl.arange(0, BLOCK)
@@ -326,6 +328,7 @@ def launch_backward(
             bias_gradient,
             blocks.columns,
             blocks.stages,
+            first_of_two(s),
         ),
         blocks.warps,
     )

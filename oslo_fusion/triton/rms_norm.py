@@ -28,7 +28,7 @@ from oslo_fusion.ops.rms_norm import (
     rms_norm_reference,
 )
 from oslo_fusion.triton import ragged_rows
-from oslo_fusion.triton.launch import Kernel
+from oslo_fusion.triton.launch import Kernel, chained
 from oslo_fusion.triton.rows import (
     RAGGED_BACKWARD,
     RAGGED_FORWARD,
@@ -38,6 +38,7 @@ from oslo_fusion.triton.rows import (
     backward_blocks,
     column_sums,
     device_facts,
+    first_of_two,
     forward_blocks,
     is_ragged,
     must_refer,
@@ -117,7 +118,9 @@ def _rms_norm_bwd_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     RELOAD: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
+    chained(CHAIN)
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)[None, :]
     cols_mask = cols < DIM
@@ -292,6 +295,7 @@ def launch_rms_norm_backward(
                 blocks.columns,
                 blocks.stages,
                 dim > REGISTER_COLUMNS,
+                first_of_two(s),
             ),
             blocks.warps,
         )

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oslo_fusion.triton.launch import Kernel
+from oslo_fusion.triton.launch import Kernel, chained, chains
 
 MAX_COLUMNS = 16384  # a wider row does not fit into the registers of 16 warps; 32 would be no block on an AMD GPU
 REGISTER_COLUMNS = 8192  # up to here a thread holds 16 numbers of each tensor, and all that a backward needs stays in registers
@@ -273,12 +273,14 @@ def _column_sums_kernel(
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     which = tl.program_id(1)
     cols_mask = cols < DIM
     start_ptr = partials_ptr + which.to(tl.int64) * num_partials * DIM
     total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    chained(CHAIN)
     for start in range(0, num_partials, ROWS):
         rows = start + tl.arange(0, ROWS)
         mask = (rows < num_partials)[:, None] & cols_mask[None, :]
@@ -295,6 +297,11 @@ def _column_sums_kernel(
 _COLUMN_SUMS = Kernel(_column_sums_kernel)
 
 
+def first_of_two(x: Tensor) -> int:
+    """The constant CHAIN of a kernel that :func:`column_sums` follows: its launch need not wait for this one's end."""
+    return int(chains(x))
+
+
 def column_sums(partials: Tensor, first: Tensor, *others: Tensor) -> None:
     """Sum what every program left behind, always in the same order: the second stage of weight gradients.
 
@@ -302,8 +309,12 @@ def column_sums(partials: Tensor, first: Tensor, *others: Tensor) -> None:
         partials: ``[1 to 3, programs, dim]`` float32, contiguous.
         first: ``[dim]``, receives the sums of ``partials[0]``, rounded once.
         others: ``[dim]`` each, receive those of ``partials[1]`` and ``partials[2]``.
+
+    The kernel launched right before must be the one that leaves the sums, with CHAIN as :func:`first_of_two` says.
     """
     kinds, programs, dim = partials.shape
     second, third = (*others, first, first)[:2]  # what there are no sums for is not written
     # 32 columns are one 128-byte line of each row of partial sums, and enough programs to fill the device from 4096 columns on.
-    _COLUMN_SUMS((-(-dim // 32), kinds), (partials, first, second, third), (programs,), (dim, 128, 32), 8)
+    early = chains(partials)
+    chain = 2 if early else 0
+    _COLUMN_SUMS((-(-dim // 32), kinds), (partials, first, second, third), (programs,), (dim, 128, 32, chain), 8, early=early)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 import oslo_fusion
 from oslo_fusion.aot import Backend, Replacement, feed_forwards, room
@@ -47,6 +48,16 @@ def bert(act: str = "gelu") -> nn.Module:
     return found  # type: ignore[no-any-return]
 
 
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_inner": 88, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 1100}
+    quiet = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+    found = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **quiet)).train()
+    for parameter in found.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return found  # type: ignore[no-any-return]
+
+
 def record(model: nn.Module) -> Record:
     found = next(row.runtime for row in oslo_fusion.report(model).plan.proposals if row.room == "aot")
     assert isinstance(found, Record)
@@ -71,7 +82,7 @@ def gradients(model: nn.Module, *lengths: int) -> dict[str, Tensor]:
     ],
 )
 def test_bert_obeys_the_law_with_two_lengths_accumulated(options: dict[str, Any], act: str, calls: list[int]) -> None:
-    ours = compared(act, options, "cpu", 7, 9)
+    ours = compared(bert(act), options, "cpu", 7, 9)
     assert sorted(calls) == [14, 14, 18, 18], "two layers, two lengths"
     assert all(graph.feed_forwards == (2 if options.get("scope") == "model" else 1) for graph in record(ours).graphs)
 
@@ -79,13 +90,32 @@ def test_bert_obeys_the_law_with_two_lengths_accumulated(options: dict[str, Any]
 @pytest.mark.gpu
 def test_bert_obeys_the_law_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    ours = compared("gelu", {}, "cuda", 1024, 1030)
+    ours = compared(bert(), {}, "cuda", 1024, 1030)
     assert all(graph.feed_forwards == 1 for graph in record(ours).graphs)
 
 
-def compared(act: str, options: dict[str, Any], device: str, *lengths: int) -> Any:
+def test_gpt2_obeys_the_law_with_two_lengths_accumulated(calls: list[int]) -> None:
+    ours = compared(gpt2(), {}, "cpu", 7, 9)
+    assert sorted(calls) == [14, 14, 18, 18], "two layers, two lengths"
+    assert all(graph.feed_forwards == 1 for graph in record(ours).graphs)
+
+
+@pytest.mark.gpu
+def test_gpt2_obeys_the_law_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    ours = compared(gpt2(), {}, "cuda", 1024, 1030)
+    assert all(graph.feed_forwards == 1 for graph in record(ours).graphs)
+
+
+PARTS = {
+    "bert": ("intermediate.dense.bias", "intermediate.dense.weight", "output.dense.bias", "output.dense.weight"),
+    "gpt2": ("mlp.c_fc.bias", "mlp.c_fc.weight", "mlp.c_proj.bias", "mlp.c_proj.weight"),
+}
+
+
+def compared(model: Any, options: dict[str, Any], device: str, *lengths: int) -> Any:
     """A model of ours whose gradients were compared with those of the plain one, under the law."""
-    plain = bert(act).bfloat16().to(device)
+    plain = model.bfloat16().to(device)
     ours, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
     block = {"activation_memory_budget": 1, **options}
     config = {"kernel_fusion": {"enable": True, "autotune": "off", "memory_efficient_fusion": block}}
@@ -93,7 +123,7 @@ def compared(act: str, options: dict[str, Any], device: str, *lengths: int) -> A
     found = [gradients(model, *lengths) for model in (ours, plain, exact)]
     row = next(row for row in oslo_fusion.report(ours).rows if row.site.kind == "feed-forward")
     assert (row.outcome, row.after) == ("fused", "both in one kernel")
-    for part in ("intermediate.dense.bias", "intermediate.dense.weight", "output.dense.bias", "output.dense.weight"):
+    for part in PARTS[model.config.model_type]:
         names = [name for name in found[0] if name.endswith(part)]
         assert names
         columns = (torch.cat([gradient[name].flatten() for name in names]) for gradient in found)
@@ -133,6 +163,35 @@ def compiled(model: nn.Module, x: Tensor, **options: Any) -> int:
     return graph.feed_forwards
 
 
+class Rows(nn.Module):
+    """As GPT-2's: ``addmm`` of rows, between views, with weights ``[in, out]``."""
+
+    def __init__(
+        self,
+        between: Callable[[Tensor], Tensor] = lambda h: h.view(2, 2, 24),
+        after: Callable[[Tensor], Tensor] = lambda h: h.view(-1, 24),
+        scales: dict[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.first, self.second = Conv1D(24, 8), Conv1D(8, 24)
+        self.between, self.after, self.scales = between, after, scales or {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.addmm(self.first.bias, x[:4].view(-1, 8), self.first.weight, **self.scales)
+        return torch.addmm(self.second.bias, self.after(F.gelu(self.between(h), approximate="tanh")), self.second.weight)
+
+
+class Mixed(nn.Module):
+    """A layer of each kind."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.gelu(self.first(x)))
+
+
 X = torch.linspace(-2, 2, 40).reshape(5, 8).bfloat16()
 
 
@@ -147,6 +206,16 @@ X = torch.linspace(-2, 2, 40).reshape(5, 8).bfloat16()
         (lambda: Network(after=lambda h: h + 1), 0),
         (lambda: Network(after=lambda h: h * h), 0),
         (lambda: Network(bias=False), 0),
+        (lambda: Network(after=lambda h: h.flip(0)), 0),
+        (Rows, 1),
+        (lambda: Rows(lambda h: h, lambda h: F.dropout(h.reshape(4, 24), 0.0)), 1),
+        (lambda: Rows(scales={"alpha": 2}), 0),
+        (lambda: Rows(scales={"beta": 0.5}), 0),
+        (lambda: Rows(lambda h: h.view(2, 48)), 0),
+        (lambda: Rows(after=lambda h: h.transpose(0, 1).reshape(-1, 24)), 0),
+        (lambda: Rows(after=lambda h: h.view(2, -1).view(-1, 24)), 0),
+        (lambda: Mixed(nn.Linear(8, 24), Conv1D(8, 24)), 1),
+        (lambda: Mixed(Conv1D(24, 8), nn.Linear(24, 8)), 1),
     ],
 )
 def test_what_is_a_site(build: Callable[[], Network], sites: int) -> None:
@@ -177,19 +246,32 @@ def test_what_is_frozen_shared_or_the_users_own_is_left(monkeypatch: pytest.Monk
     assert compiled(Network().bfloat16(), X) == 0, "not on a GPU"
 
 
-def test_dynamic_rows_stay_dynamic() -> None:
-    model, made = Network().bfloat16(), Backend(compiler="eager")
+@pytest.mark.parametrize("build", [Network, lambda: Mixed(Conv1D(24, 8), Conv1D(8, 24))])
+def test_dynamic_rows_stay_dynamic(build: Callable[[], nn.Module]) -> None:
+    model, made = build().bfloat16(), Backend(compiler="eager")
     step = torch.compile(model, backend=made, dynamic=True)
     for rows in (5, 3, 12, 40):
         step(X[:1].expand(rows, 8).contiguous()).sum().backward()
     assert [graph.feed_forwards for graph in made.record.graphs] == [1]
 
 
-def test_autocast() -> None:
-    model = Network()
+@pytest.mark.parametrize("build", [Network, Rows])
+def test_autocast(build: Callable[[], nn.Module]) -> None:
+    model = build()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert compiled(model, X.float()) == 1
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_gradients_lie_as_their_weights_do() -> None:
+    model = Mixed(Conv1D(24, 8), nn.Linear(24, 8)).bfloat16()
+    made: list[tuple[tuple[int, ...], ...]] = []
+    for name in ("first.weight", "second.weight"):
+        weight = model.get_parameter(name)
+        weight.register_hook(lambda gradient, weight=weight: made.append((gradient.stride(), weight.stride())))
+    assert compiled(model, X) == 1
+    assert made
+    assert all(gradient == weight for gradient, weight in made)
 
 
 @pytest.mark.usefixtures("_fresh_compiler")

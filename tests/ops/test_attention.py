@@ -144,6 +144,30 @@ def test_the_operator_passes_opcheck(name: str, device: str) -> None:
         torch.library.opcheck(ATTENTION, op.prepare(*tensors[:3], **options))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["T5 with dropout", "packed", "grouped"])
+def test_joined_gradients_are_the_three_beside_one_another(name: str, device: str) -> None:
+    case = {**ATTENTION_CASES, "grouped": AttentionCase(heads=4, causal=True, dropout=0.1)}[name]
+    tensors = [t.requires_grad_() for t in case.tensors(drawer(torch.bfloat16, device))]
+    table = {"bias_table": tensors[3]} if case.table else {}
+    arguments = [x.detach() if isinstance(x, Tensor) else x for x in op.prepare(*tensors[:3], **case.options(device), **table)]
+    out, *state = ATTENTION(*arguments)
+    given = (drawer(torch.bfloat16, device)(*out.shape), *arguments[:3], out, *state, *arguments[3:], case.table is not None)
+    *apart, dtable = op.ATTENTION_BACKWARD(*given)
+    joined, also_dtable = op.ATTENTION_BACKWARD_JOINED(*given)
+    rows = [x if case.packed else x.transpose(1, 2) for x in apart]
+    assert joined.is_contiguous()
+    assert torch.equal(joined, torch.cat(rows, dim=-2))
+    assert torch.equal(dtable, also_dtable)
+    torch.library.opcheck(op.ATTENTION_BACKWARD_JOINED, given)
+
+
+def test_joined_gradients_are_of_as_many_queries_as_keys() -> None:
+    arguments = op.prepare(Z(1, 2, 5, 8), Z(1, 2, 7, 8), Z(1, 2, 7, 8))
+    with pytest.raises(ConfigError, match=r"k: received 7 keys. Allowed: 5, as many as queries"):
+        op.ATTENTION_BACKWARD_JOINED(arguments[0], *arguments[:3], *op.attention_reference(*arguments), *arguments[3:], False)
+
+
 def test_torch_compile_takes_it_whole() -> None:
     case = AttentionCase(table="encoder", padding="right")
     leaves, options = [t.requires_grad_() for t in case.tensors(drawer(torch.float32))], case.options("cpu")

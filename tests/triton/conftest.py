@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Compiled:
         registers: per thread, None where the target's tools do not say.
         spilled: bytes per thread that went from registers to memory.
         assembly: PTX or AMD assembly.
+        cubin: what the device runs, on NVIDIA's targets.
     """
 
     target: str
@@ -48,16 +49,26 @@ class Compiled:
     registers: int | None
     spilled: int
     assembly: str
+    cubin: bytes = field(default=b"", repr=False)
+
+    def count(self, *instructions: str) -> tuple[int, ...]:
+        """How often the machine code for NVIDIA's targets has each of these instructions."""
+        code = _read_cubin(self.cubin, "nvdisasm", "-c")
+        return tuple(code.count(instruction) for instruction in instructions)
 
 
-def _cubin_resources(cubin: bytes) -> tuple[int, int]:
+def _read_cubin(cubin: bytes, tool: str, option: str) -> str:
     import triton.backends.nvidia
 
-    tool = Path(next(iter(triton.backends.nvidia.__path__))) / "bin" / "cuobjdump"
+    path = Path(next(iter(triton.backends.nvidia.__path__))) / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([str(path), option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _cubin_resources(cubin: bytes) -> tuple[int, int]:
+    text = _read_cubin(cubin, "cuobjdump", "-res-usage")
     numbers = {word: int(number) for word, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
 
@@ -102,6 +113,7 @@ def _compile(
     if INTERPRETED:
         pytest.skip("an interpreted kernel cannot be compiled")
     names = list(kernel.arg_names)
+    constexprs = {"CHAIN": 0, **constexprs} if "CHAIN" in names else constexprs
     types = {name: "constexpr" if name in constexprs else signature[name] for name in names}
     aligned = [name for name in names if types[name].startswith("*")] if aligned is None else aligned
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
@@ -122,7 +134,7 @@ def _compile(
         assert spilled <= spill_allowed, (
             f"{kernel.__name__} for {name}: {spilled} bytes spill per thread ({used} registers, {num_warps} warps)"
         )
-        results[name] = Compiled(name, shared, used, spilled, assembly)
+        results[name] = Compiled(name, shared, used, spilled, assembly, built.asm.get("cubin", b""))
     return results
 
 

@@ -321,6 +321,21 @@ def test_strides_of_all_kinds(device: torch.device) -> None:
 
 
 @pytest.mark.usefixtures("poisoned", "small")
+@pytest.mark.parametrize(("dim", "packed"), [(33, None), (16, (9, 1, 20))])
+def test_gradients_written_beside_one_another(dim: int, packed: tuple[int, ...] | None, device: torch.device) -> None:
+    case = AttentionCase(2, 4, 2, 20, 20, dim, causal=True, dropout=0.1, packed=packed)
+    leaves = [t.requires_grad_() for t in case.tensors(drawer(torch.float16, device))]
+    arguments = list(op.prepare(*leaves, **case.options(str(device))))
+    q, k, v = arguments[:3] = [t.detach() for t in leaves]
+    state = kernels.launch_attention(*arguments)
+    given = (drawer(torch.float16, device)(*q.shape), q, k, v, *state, *arguments[3:], False)
+    *apart, _ = kernels.launch_attention_backward(*given)
+    joined, gradients = op.new_joined(q, k)
+    kernels.launch_attention_backward(*given, gradients=gradients)
+    assert torch.equal(joined, torch.cat([x if packed else x.transpose(1, 2) for x in apart], dim=-2))
+
+
+@pytest.mark.usefixtures("poisoned", "small")
 def test_masks_of_all_strides(device: torch.device) -> None:
     """A view of a larger mask, one expanded, one whose keys lie apart: as their copies."""
     draw = drawer(torch.float16, device)
@@ -498,6 +513,7 @@ PLAIN: dict[str, Any] = {
 WHOLE = {"WHOLE_QUERIES": True, "WHOLE_KEYS": True, "WHOLE": True}
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "plain, whole": {"REST": True, **WHOLE},
     "T5": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "HAS_RIGHT": True, "REST": True},
     "T5 encoder": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "REST": True},
     "T5 encoder, whole": {"HAS_TABLE": True, "TABLE_GRADIENT": True, "REST": True, **WHOLE},
@@ -575,6 +591,7 @@ def test_kernels_compile_for_every_target(
     "kind",
     [
         "plain",
+        "plain, whole",
         "T5",
         "T5 encoder",
         "T5 encoder, whole",
@@ -601,7 +618,8 @@ def test_nothing_spills_and_nothing_is_sorted_on_the_way(kind: str, compile_for_
         built = compiled(kernel, kind, "bf16", 64, tile, "sm_90", compile_for_all_targets)
         assert built.spilled <= allowed, f"{kernel.__name__}: {built.registers} registers, {built.spilled} bytes spill"
         assert built.shared <= plain.shared + 2048, "a tile goes through shared memory"
-        assert "wgmma.mma_async" in built.assembly
+        waits, matmuls = built.count("WARPGROUP.DEPBAR", "HGMMA")
+        assert waits < matmuls, f"{kernel.__name__}: {waits} waits for {matmuls} matmuls, ptxas lets none overlap"
         _, waits, rest = built.assembly.partition("griddepcontrol.wait")
         assert waits
         assert built.assembly.count("ld.global.v2.f32") == rest.count("ld.global.v2.f32"), "reads the bias before it is there"
