@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -275,6 +276,30 @@ def _bans(cuda: bool) -> Iterator[Case]:
         yield Case(f"no_repeat_ngram in {kernel}, {label}", (scores, ids, source), run)
 
 
+def _packings(cuda: bool) -> Iterator[Case]:
+    if importlib.util.find_spec("oslo_fusion.ops.pack_tokens") is None:
+        return
+    # A row wider than a block, more rows than one, and one token; with what there can be, and with as little as there can be.
+    for number, (rows, columns) in enumerate(((1, 13), (3, 1025), (600, 7), (1, 1))):
+        generator = torch.Generator().manual_seed(columns)
+        mask = torch.rand(rows, columns, generator=generator) < 0.6
+        ids, types, labels, positions = (torch.randint(0, 9, mask.shape, generator=generator) for _ in range(4))
+
+        def run(mask: Tensor, *given: Tensor, all_given: bool = number % 2 == 0) -> Sequence[Tensor]:
+            op: Any = importlib.import_module("oslo_fusion.ops.pack_tokens")
+            found = []
+            for rule, shifted in zip(op.RULES, (False, True, False, True), strict=True):
+                tokens = op.Tokens(*given) if rule == op.NOWHERE and all_given else op.Tokens(given[0], None, given[2])
+                tokens = op.Tokens() if rule == op.COLUMNS and not all_given else tokens
+                numbers = op.count_tokens(mask, tokens.labels, shifted)
+                form = op.Form(rule, 1, shifted)
+                source, offsets, packed = op.pack_tokens(numbers, mask, tokens, form, mask.shape[0] + 3)
+                found += [numbers, source, offsets, *(x for x in packed if x is not None)]
+            return [x.double() for x in found]  # exactly: all are below 2⁵³
+
+        yield Case(f"pack_tokens, {rows}×{columns}", (mask, ids, types, labels, positions), run)
+
+
 def _attentions(cuda: bool) -> Iterator[Case]:
     names = ("T5 encoder, padded", "T5 with dropout, unaligned", "left padding", "holes", "lengths", "packed with everything")
     for name, dtype in zip(
@@ -318,7 +343,7 @@ def _losses(cuda: bool) -> Iterator[Case]:
         yield Case(f"linear_cross_entropy, {rows}×{dim}×{vocab}, {label} {models.dtype_name(dtype)}", tensors, run)
 
 
-OPERATIONS = (_norms, _post_norms, _products, _mlps, _rotations, _bans, _attentions, _losses)
+OPERATIONS = (_norms, _post_norms, _products, _mlps, _rotations, _bans, _packings, _attentions, _losses)
 """Where the cases of an operation come from; one that this version does not have gives none."""
 
 

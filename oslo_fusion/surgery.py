@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -160,6 +161,10 @@ class Standing:
             )
         return module
 
+    def look_ahead(self) -> Any:
+        """What a call looks at first whatever its arguments are, for :func:`ahead`; None if there is nothing that helps."""
+        return None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         module: Any = self._module()
         return type(self)(memo.get(id(module), module), copy.deepcopy(self.settings, memo))
@@ -176,6 +181,33 @@ class Wrapping(Standing):
         """The one that stood there before, or the method of the module's class."""
         standing = self.settings.get(INNER)
         return type(self.module).forward.__get__(self.module) if standing is None else standing
+
+
+_LOCAL = threading.local()
+
+
+@contextlib.contextmanager
+def ahead(standing: Iterable[object]) -> Iterator[None]:
+    """Look ahead, then wait for the device in the body and make the call that was looked ahead for.
+
+    What a call looks at before it launches anything is then done while the device still works. Each finding serves one call, in
+    this thread, and none after the body.
+
+    Args:
+        standing: what that call will reach; what is not :class:`Standing` has nothing to look at.
+    """
+    outer = getattr(_LOCAL, "found", None)
+    _LOCAL.found = {one: found for one in standing if isinstance(one, Standing) and (found := one.look_ahead()) is not None}
+    try:
+        yield
+    finally:
+        _LOCAL.found = outer
+
+
+def found_ahead(one: Standing) -> Any:
+    """What it found when it was made to look ahead for this call; None if it was not, or nothing."""
+    found = getattr(_LOCAL, "found", None)
+    return found.pop(one, None) if found else None
 
 
 def restore(model: nn.Module) -> None:

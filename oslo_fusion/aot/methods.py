@@ -15,8 +15,8 @@ from torch import nn
 
 from oslo_fusion.aot.layer import has_hooks_inside, is_traced
 from oslo_fusion.aot.programs import Programs
-from oslo_fusion.graphs import TrainingGraphs
-from oslo_fusion.surgery import Standing
+from oslo_fusion.graphs import State, TrainingGraphs
+from oslo_fusion.surgery import Standing, found_ahead
 
 
 class _Method(Standing):
@@ -50,17 +50,25 @@ class CompiledForward(_Method):
         recorded = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
         if is_traced() or programs.decoding or recorded or _has_cache(args, kwargs):
             return original(*args, **kwargs)
-        if has_hooks_inside(original.__self__, programs.record):
-            return original(*args, **kwargs)
         module, key = original.__self__, (self.name, self.settings["part"])
         graphs: TrainingGraphs | None = self.settings["graphs"]
-        if graphs is None or not module.training or not torch.is_grad_enabled():
+        replays = graphs is not None and module.training and torch.is_grad_enabled()
+        ahead: State | None = (found_ahead(self) or self.look_ahead()) if replays else None
+        if ahead is None and has_hooks_inside(module, programs.record):
+            return original(*args, **kwargs)
+        if graphs is None or not replays:
             return programs.run(original.__func__, key, module, *args, **kwargs)
-        if torch.is_autocast_enabled(next(module.parameters()).device.type):
+        if torch.is_autocast_enabled((next(module.parameters()) if ahead is None else ahead).device.type):
             programs.record.leave("autocast: what casts the weights is not captured as a CUDA graph")
             return programs.run(original.__func__, key, module, *args, **kwargs)
         run = functools.partial(programs.run, original.__func__, key, module)
-        return graphs.run(run, module, args, kwargs, programs.record.leave)
+        return graphs.run(run, module, args, kwargs, programs.record.leave, ahead)
+
+    def look_ahead(self) -> State | None:
+        """The state that its graphs were captured of, if it is that and no part is hooked: most of what is asked before a
+        replay. What a hook of its own does is not known ahead."""
+        graphs: TrainingGraphs | None = self.settings["graphs"]
+        return None if graphs is None or self.module._forward_pre_hooks else graphs.look_ahead()
 
 
 class UncompiledGenerate(_Method):

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from oslo_fusion.graphs.training import TrainingGraphs
+from oslo_fusion.graphs.training import State, TrainingGraphs
 
-__all__ = ["TrainingGraphs"]
+__all__ = ["State", "TrainingGraphs"]

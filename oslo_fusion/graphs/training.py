@@ -18,12 +18,12 @@ Random numbers go on from replay to replay: torch's generator gives a graph its 
 
 from __future__ import annotations
 
+import itertools
 import operator
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from numbers import Number
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class TrainingGraphs:
         self.most_shapes = most_shapes
         self._pairs: dict[Hashable, Pair] = {}
         self._memory = Memory()
+        self._state: State | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.most_shapes,)
@@ -68,7 +69,15 @@ class TrainingGraphs:
         """How many shapes are captured now."""
         return sum(pair.captured is not None for pair in self._pairs.values())
 
-    def run(self, function: Function, module: nn.Module, args: Any, kwargs: Any, note: Note) -> Any:
+    def look_ahead(self) -> State | None:
+        """The state of the module that was captured last, if it is that now and has no hooks on its parts.
+
+        A call that is given it need not look again.
+        """
+        state = self._state
+        return state if state is not None and not state.is_hooked and state.is_current else None
+
+    def run(self, function: Function, module: nn.Module, args: Any, kwargs: Any, note: Note, ahead: State | None = None) -> Any:
         """``function(*args, **kwargs)``, replayed where that can be done.
 
         Args:
@@ -76,9 +85,11 @@ class TrainingGraphs:
             module: whose parameters are read.
             args, kwargs: its arguments.
             note: is told why a call runs uncaptured.
+            ahead: what :meth:`look_ahead` found, if nothing was done to the module since.
         """
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        key, reason = _key(module, leaves, spec)
+        leaves, spec = _flattened(args, kwargs)
+        device = next(module.parameters()).device if ahead is None else ahead.device
+        key, reason = _key(device, leaves, spec)
         if key is None:
             note(reason)
             return function(*args, **kwargs)
@@ -95,11 +106,15 @@ class TrainingGraphs:
             note("a forward was called while another waits for its backward: it runs outside of the CUDA graph")
             return function(*args, **kwargs)
         captured = pair.captured
-        if captured is None or not captured.is_current:
+        if captured is None or not (captured.state.is_known(ahead) or captured.state.is_current):
             captured = pair.capture(function, module, leaves)
             if captured is None:
                 note(f"it cannot be captured as a CUDA graph: {pair.failure}")
                 return function(*args, **kwargs)
+            # Shapes that were captured of the same module have one state, so that one look ahead serves whichever comes.
+            if self._state is not None and self._state.is_current:
+                captured.state = self._state
+            self._state = captured.state
         return pair.replay(captured, leaves)
 
 
@@ -146,11 +161,35 @@ class Memory:
         return held
 
 
-def _key(module: nn.Module, leaves: Sequence[Any], spec: Any) -> tuple[Hashable | None, str]:
+class _Flat(NamedTuple):
+    """How arguments are put together that hold no others: how many come without a name, and the names of the rest."""
+
+    unnamed: int
+    names: tuple[str, ...]
+
+
+_LEAVES = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, str, torch.dtype})
+
+
+def _flattened(args: Any, kwargs: Any) -> tuple[list[Any], Any]:
+    """As pytree does it, which takes 0.1 ms for ten arguments while the device may wait. Most calls have nothing to flatten."""
+    leaves = [*args, *kwargs.values()]
+    if _LEAVES.issuperset(map(type, leaves)):
+        return leaves, _Flat(len(args), tuple(kwargs))
+    return pytree.tree_flatten((args, kwargs))
+
+
+def _unflattened(leaves: Sequence[Any], spec: Any) -> tuple[Any, Any]:
+    if not isinstance(spec, _Flat):
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        return args, kwargs
+    return tuple(leaves[: spec.unnamed]), dict(zip(spec.names, leaves[spec.unnamed :], strict=True))
+
+
+def _key(device: torch.device, leaves: Sequence[Any], spec: Any) -> tuple[Hashable | None, str]:
     """What a captured form serves; or None, and why there can be none."""
     parts: list[Hashable] = [spec]
     numbers: dict[int, int] = {}
-    device = next(module.parameters()).device
     for leaf in leaves:
         if type(leaf) is Tensor or type(leaf) is nn.Parameter:
             if leaf.device != device:
@@ -168,6 +207,78 @@ def _key(module: nn.Module, leaves: Sequence[Any], spec: Any) -> tuple[Hashable 
     return tuple(parts), ""
 
 
+class State:
+    """What a module's graphs have read of it and were made for: they serve it while it is that.
+
+    Asked at every call while the device waits, hence by the dictionaries that hold it, as walking over a module's parts takes 1
+    to 2 ms; and by whole columns and tuples, with no Python for each of the 1,300 things that BERT-base has.
+
+    Args:
+        module: as its graphs know it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.generation = _generation[0]
+        parts = list(module.modules())
+        holders = [holder for part in parts for holder in (part._parameters, part._buffers) if holder]
+        self._holders: list[dict[str, Any]] = cast("list[dict[str, Any]]", holders)
+        self._tensors = _values(self._holders)
+        self._read = [tensor for tensor in self._tensors if tensor is not None]
+        self._addresses = list(map(Tensor.data_ptr, self._read))
+        self._trained = list(map(_REQUIRES_GRAD, self._read))
+        self._parents = [cast("dict[str, Any]", part._modules) for part in parts if part._modules]
+        self._children = _values(self._parents)
+        self._settings = [(part.__dict__, getter) for part in parts if (getter := _getter(part.__dict__)) is not None]
+        self._numbers = [getter(held) for held, getter in self._settings]
+        self._hooks = [part.__dict__[name] for part in parts[1:] for name in _HOOKS]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its tensors, which is one."""
+        device: torch.device = self._read[0].device
+        return device
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether anything listens to a part that the module had. It has no others where it is current."""
+        return any(self._hooks)
+
+    def is_known(self, ahead: State | None) -> bool:
+        """Whether it was looked at ahead. A capture that failed since, of another part, leaves nothing to replay."""
+        return ahead is self and self.generation == _generation[0]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the module's tensors are those that the graphs read, where they lay, and its parts and settings what they
+        were."""
+        if self.generation != _generation[0]:
+            return False
+        # Tensors and parts by identity, as two tensors that are equal lie elsewhere.
+        for holders, then in ((self._holders, self._tensors), (self._parents, self._children)):
+            now = _values(holders)
+            if len(now) != len(then) or not all(map(operator.is_, now, then)):
+                return False
+        if list(map(Tensor.data_ptr, self._read)) != self._addresses or list(map(_REQUIRES_GRAD, self._read)) != self._trained:
+            return False
+        try:
+            return [getter(held) for held, getter in self._settings] == self._numbers
+        except Exception:  # one is gone, or is an array of several numbers now, or whatever else is not a number
+            return False
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _values(holders: Sequence[dict[str, Any]]) -> list[Any]:
+    return list(itertools.chain.from_iterable(map(dict.values, holders)))
+
+
+def _getter(held: dict[str, Any]) -> Callable[[dict[str, Any]], Any] | None:
+    """What looks the numbers and flags up that a part holds."""
+    names = [name for name, x in held.items() if isinstance(x, (bool, int, float))]
+    return operator.itemgetter(*names) if names else None
+
+
 @dataclass
 class Captured:
     """Both graphs of a pair, and the memory that they read and write.
@@ -180,10 +291,7 @@ class Captured:
         wanted: numbers of the inputs that get a gradient.
         parameters: those that get one.
         gradients: of both, in this order.
-        read: every tensor of the module: the dictionary and the name it is held by, the tensor, its address, whether it gets
-            a gradient.
-        settings: every part of the module, and every number and flag on one: the dictionary and the name it is held by, and it.
-        generation: of torch's generator, see :func:`_release_generator`.
+        state: of the module.
     """
 
     forward: torch.cuda.CUDAGraph
@@ -197,47 +305,7 @@ class Captured:
     wanted: list[int]
     parameters: list[nn.Parameter]
     gradients: tuple[Tensor | None, ...]
-    read: list[tuple[dict[str, Any], str, Tensor, int, bool]]
-    settings: list[tuple[dict[str, Any], str, Any]]
-    generation: int
-
-    def __post_init__(self) -> None:
-        self._held = tuple(zip(*(held[:3] for held in (*self.read, *self.settings)), strict=True))
-        self._tensors = [tensor for _, _, tensor, _, _ in self.read]
-        self._addresses = [where for _, _, _, where, _ in self.read]
-        self._trained = [wanted for _, _, _, _, wanted in self.read]
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the module's tensors are those that the graphs read, where they lay, and its settings what they were.
-
-        Asked at every call while the device waits, hence by the dictionaries that hold them: walking over a module's parts
-        takes 1 to 2 ms. And by columns, with no Python for each: BERT-base has 1,300 to compare.
-        """
-        if self.generation != _generation[0]:
-            return False
-        holders, names, values = self._held
-        if not all(map(operator.is_, map(dict.get, holders, names), values)) and not self._is_equal:
-            return False
-        same = list(map(Tensor.data_ptr, self._tensors)) == self._addresses
-        return same and list(map(_REQUIRES_GRAD, self._tensors)) == self._trained
-
-    @property
-    def _is_equal(self) -> bool:
-        """Whether the same tensors are held, and settings that are the same or equal numbers."""
-        return all(holder.get(name) is tensor for holder, name, tensor, _, _ in self.read) and all(
-            (now := holder.get(name)) is value or (type(now) is type(value) and isinstance(now, Number) and now == value)
-            for holder, name, value in self.settings
-        )
-
-
-def settings_of(module: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
-    """Where a module's parts, and numbers and flags on them, are held, and what they are now."""
-    found: list[tuple[dict[str, Any], str, Any]] = []
-    for part in module.modules():
-        found += ((part._modules, name, child) for name, child in part._modules.items())
-        found += ((part.__dict__, name, x) for name, x in part.__dict__.items() if isinstance(x, (bool, int, float)))
-    return found
+    state: State
 
 
 class Pair:
@@ -277,8 +345,8 @@ class Pair:
         return self.captured
 
     def _capture(self, function: Function, module: nn.Module, leaves: Sequence[Any], device: torch.device) -> Captured:
-        read: list[tuple[dict[str, Any], str, Tensor, int, bool]] = [
-            (holder, name, tensor, tensor.data_ptr(), tensor.requires_grad)
+        read = [
+            (holder, name, tensor)
             for part in module.modules()
             for holder in cast("tuple[dict[str, Any], ...]", (part._parameters, part._buffers))
             for name, tensor in holder.items()
@@ -292,18 +360,18 @@ class Pair:
                 copies[id(given)] = _like(given).copy_(given.detach()).requires_grad_(given.requires_grad)
             filled[place] = copies[id(given)]
         inputs = list(copies.values())
-        args, kwargs = pytree.tree_unflatten(filled, self.spec)
+        args, kwargs = _unflattened(filled, self.spec)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         pool, stream = self.memory.place(device)
         torch.cuda.synchronize(device)
-        aliases = {id(tensor): _alias(tensor) for _, _, tensor, _, _ in read}
+        aliases = {id(tensor): _alias(tensor) for _, _, tensor in read}
         try:
-            for holder, name, tensor, _, _ in read:
+            for holder, name, tensor in read:
                 holder[name] = aliases[id(tensor)]
             with torch.cuda.graph(forward, pool=pool, stream=stream):
                 result = function(*args, **kwargs)
         finally:
-            for holder, name, tensor, _, _ in read:
+            for holder, name, tensor in read:
                 holder[name] = tensor
         results, spec = pytree.tree_flatten(result)
         is_output = [isinstance(x, Tensor) and x.requires_grad for x in results]
@@ -326,9 +394,7 @@ class Pair:
             wanted,
             parameters,
             gradients,
-            read,
-            settings_of(module),
-            _generation[0],
+            State(module),
         )
 
     def replay(self, captured: Captured, leaves: Sequence[Any]) -> Any:

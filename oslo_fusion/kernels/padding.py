@@ -8,14 +8,15 @@ comes out with a place for each token goes back to where it was; at padding it i
 The host waits for the device once a call, for the few numbers that :class:`Queued` asks for; transformers waits once too, where
 it looks whether a mask may be left out, and does not get to that.
 
-The packed length is rounded up (:func:`bucket`), the offsets have as many entries as the largest batch so far and the length of
-the longest text is rounded up to a power of two that only grows: so that kernels, memory and compiled layers meet few different
-shapes.
+The packed length is rounded up (``bucket`` in ``ops/pack_tokens.py``), the offsets have as many entries as the largest batch
+so far and the length of the longest text is rounded up to a power of two that only grows: so that kernels, memory and compiled
+layers meet few different shapes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -23,28 +24,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from oslo_fusion.kernels.norm_sites import ROOM
 from oslo_fusion.ops.kernels import is_plain
+from oslo_fusion.ops.pack_tokens import FINE, LONGEST_PIECE, Form, Tokens, bucket, count_tokens, pack_tokens, step
 from oslo_fusion.plan import Proposal, Site
-from oslo_fusion.surgery import Wrapping
+from oslo_fusion.surgery import Wrapping, ahead
 
-IGNORED = -100
-"""The label that transformers' losses leave out."""
-
-ATTENDED, COLUMNS, TEXT, NOWHERE = "attended", "columns", "text", ""
-"""How a model numbers the tokens of a row where it is given no ``position_ids``: attended ones, columns of the batch, tokens
-that are not the padding token (from one after its number on, as RoBERTa does), or not at all."""
-
-FINE, COARSE = 64, 16
-"""How many packed lengths there are for each doubling; the coarse ones where each costs the capture of CUDA graphs."""
-
-_FINEST, _LONGEST_PIECE = 16, 256
 _LONGEST = 512
-_OFFSETS = "cu_seq_lens_q"
+_OFFSETS, _FORWARD = "cu_seq_lens_q", "forward"
+_TOKENS = ("input_ids", "token_type_ids", "labels", "position_ids")  # of a call, as Tokens has them
 _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
 _PLAIN = ("num_items_in_batch", "return_dict", "output_hidden_states", "skip_logits")
 """Arguments that mean the same for a packed batch. ``skip_logits`` is the fused loss's."""
@@ -53,25 +44,14 @@ _WITHOUT_CACHE = ("use_cache", "output_attentions", "logits_to_keep")
 """Arguments that a packed call has no answer for, unless they are off."""
 
 
-def step(tokens: int, lengths: int = FINE) -> int:
-    """By how many tokens neighbouring packed lengths differ: a share of the power of two below.
+@functools.cache
+def _no_mask(device: torch.device) -> Tensor:
+    """A mask of one number, which is none. Kept, as nobody writes to a mask: a launch less.
 
-    Not less than 16, to which tensor cores want a matrix aligned.
-
-    Args:
-        tokens: in all.
-        lengths: different ones for each doubling.
+    Not an inference tensor, which a training step after an evaluation could not use.
     """
-    return max(_FINEST, (1 << (tokens.bit_length() - 1)) // lengths)
-
-
-def bucket(tokens: int, lengths: int = FINE) -> int:
-    """The packed length for this many tokens: the next multiple of :func:`step`, at least one token more.
-
-    Of 64 lengths for each doubling at most 1.6 % of the work is for nothing, of 16 of them 6.3 %, and half of that on average.
-    """
-    size = step(tokens, lengths)
-    return (tokens // size + 1) * size
+    with torch.inference_mode(False):
+        return torch.full((1, 1, 1, 1), float("nan"), device=device)
 
 
 @dataclass(frozen=True)
@@ -79,7 +59,6 @@ class Batch:
     """What the host knows about a padded batch.
 
     Attributes:
-        source: ``[rows × columns]``, the place in the flattened padded batch that each packed token comes from.
         shape: rows and columns.
         tokens: in all.
         longest: tokens of any row.
@@ -89,7 +68,6 @@ class Batch:
         stray: whether a label counts at a place that is padding.
     """
 
-    source: Tensor
     shape: tuple[int, int]
     tokens: int
     longest: int
@@ -98,58 +76,41 @@ class Batch:
     pieces: int
     stray: bool
 
+    @property
+    def size(self) -> int:
+        """Places, padding included."""
+        return self.shape[0] * self.shape[1]
+
 
 class Queued:
     """A padded batch before the host knows how long the packed one is: all of its places, of which it takes the first then.
 
-    So there is next to nothing left to launch when the host has waited, and the device with it.
+    So there is nothing left to launch when the host has waited, and the device with it.
 
     Args:
         mask: ``[rows, columns]``, not zero where there is text.
-        labels: ``[rows, columns]``, or None.
-        shifted: a label belongs to the token before it.
+        tokens: of the batch.
+        form: how they are packed.
+        sequences: how many offsets there are after the first.
     """
 
-    def __init__(self, mask: Tensor, labels: Tensor | None = None, shifted: bool = False) -> None:
-        self.shape, self.valid = (mask.shape[0], mask.shape[1]), mask != 0
-        valid, counts = self.valid, self.valid.flatten().cumsum(0)  # tokens so far, each one included
-        self.number = torch.arange(1, counts.shape[0] + 1, device=counts.device)
-        """``[rows × columns]``, of a packed token, from one on."""
-        # The first place up to which there are as many.
-        self.source = torch.searchsorted(counts, self.number).clamp_(max=counts.shape[0] - 1)
-        self.ends = counts[mask.shape[1] - 1 :: mask.shape[1]]
-        """``[rows]``, where each row's text ends in the packed batch."""
-        numbers = [valid[:, 0].sum(), (valid[:, 1:] > valid[:, :-1]).sum()]
-        if labels is not None:
-            where, what = (valid[:, :-1], labels[:, 1:]) if shifted else (valid, labels)
-            numbers.append(((what != IGNORED) > where).sum())
-        found = torch.cat([self.ends, torch.stack(numbers)])  # few launches, before which the device may be idle
-        self._numbers = found
+    def __init__(self, mask: Tensor, tokens: Tokens, form: Form, sequences: int) -> None:
+        self.shape = mask.shape[0], mask.shape[1]
+        self._numbers = numbers = count_tokens(mask, tokens.labels, form.shifted)
         self._ready: torch.cuda.Event | None = None
-        if found.is_cuda:  # on their way at once, so that the host waits for nothing that is launched before it reads them
-            self._numbers = torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
+        if numbers.is_cuda:  # on their way at once, so that the host waits for nothing that is launched before it reads them
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True).copy_(numbers, non_blocking=True)
             self._ready = torch.cuda.Event()
-            self._ready.record(torch.cuda.current_stream(found.device))
-
-    def packed(self, x: Tensor) -> Tensor:
-        """``[rows, columns, ...]`` → ``[rows × columns, ...]``, the packed tokens first, then anything."""
-        return x.flatten(0, 1).index_select(0, self.source)
-
-    def packed_labels(self, labels: Tensor, shifted: bool) -> Tensor:
-        """Labels, of which the rest's are ignored. Where they are shifted, each still follows the token it belongs to."""
-        if shifted:
-            labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
-        found = self.packed(labels).masked_fill_(self.number > self.ends[-1], IGNORED)
-        return F.pad(found[:-1], (1, 0), value=IGNORED) if shifted else found
+            self._ready.record(torch.cuda.current_stream(numbers.device))
+        self.packed = pack_tokens(numbers, mask, tokens, form, sequences)
 
     def read(self) -> Batch:
         """The one place where the host waits for the device."""
         if self._ready is not None:
             self._ready.synchronize()
-        found, rows = self._numbers.tolist(), self.shape[0]
-        lengths = [end - begin for begin, end in zip([0, *found], found[:rows], strict=False)]
-        texts, (begins, later, *stray) = sum(length > 0 for length in lengths), found[rows:]
-        return Batch(self.source, self.shape, sum(lengths), max(lengths), texts, begins, begins + later, any(stray))
+        lengths, begins, later, stray = self._numbers.tolist()
+        texts, first = len(lengths) - lengths.count(0), sum(begins)
+        return Batch(self.shape, sum(lengths), max(lengths), texts, first, first + sum(later), any(stray))
 
 
 @dataclass(frozen=True)
@@ -193,14 +154,15 @@ class Packing:
         return pytree.tree_map_only(Tensor, back, output)
 
 
-def pack(batch: Batch, lengths: int = FINE) -> Packing:
+def pack(queued: Queued, batch: Batch, lengths: int = FINE) -> Packing:
     """Where a batch's packed tokens come from.
 
     Args:
-        batch: as read.
-        lengths: as for :func:`bucket`.
+        queued: the batch.
+        batch: what was read of it.
+        lengths: as for :func:`~oslo_fusion.ops.pack_tokens.bucket`.
     """
-    return Packing(batch.source[: bucket(batch.tokens, lengths)], batch.tokens, batch.shape)
+    return Packing(queued.packed.source[: bucket(batch.tokens, lengths)], batch.tokens, batch.shape)
 
 
 # --- what was found at run time ----------------------------------------------------------------------------------------------
@@ -277,6 +239,7 @@ class PaddingFreeForward(Wrapping):
     def __init__(self, module: Any, settings: Any) -> None:
         super().__init__(module, settings)
         self._parameters: tuple[str, ...] | None = None
+        self._form = Form(settings["positions"], settings["pad"], settings["shifted"], settings["lengths"])
         self._sequences = 0
         self._longest = 0
 
@@ -293,11 +256,13 @@ class PaddingFreeForward(Wrapping):
         reason = self._obstacle(given)
         if reason is None:
             queued = self._queued(given)
-            ahead = self._ahead(given, queued)
-            batch = queued.read()
-            reason = self._unfit(batch)
-            if reason is None:
-                return self._run(inner, given, ahead, batch)
+            call = self._call(given, queued)
+            parts = (part.__dict__.get(_FORWARD) for part in self.module._modules.values() if part is not None)
+            with ahead((inner, *parts)):
+                batch = queued.read()
+                reason = self._unfit(batch)
+                if reason is None:
+                    return self._run(inner, call, queued, batch)
         self.settings["calls"].leave(reason)
         return inner(*args, **kwargs)
 
@@ -344,38 +309,24 @@ class PaddingFreeForward(Wrapping):
         return None
 
     def _queued(self, given: dict[str, Any]) -> Queued:
-        labels = given.get("labels") if self.settings["labels"] else None
-        ids = given.get("input_ids")
+        """All that a packed call is given, one number for each place, before it is known how many are packed."""
+        settings, mask, ids = self.settings, given["attention_mask"], given.get("input_ids")
         device = (given["inputs_embeds"] if ids is None else ids).device
-        labels = labels if labels is None else labels.to(device)
-        return Queued(given["attention_mask"].to(device), labels, self.settings["shifted"])
-
-    def _ahead(self, given: dict[str, Any], queued: Queued) -> dict[str, Tensor]:
-        """What a packed call is given, one number for each place, before it is known how many are packed."""
-        settings, device = self.settings, queued.source.device
-        found = {
-            name: queued.packed(given[name])
-            for name in _PER_TOKEN
-            if given.get(name) is not None and name not in ("position_ids", "inputs_embeds")
-        }
-        positions = self._positions(given, queued)
-        if positions is not None:
-            found["position_ids"] = positions
-        if settings["labels"] and given.get("labels") is not None:
-            found["labels"] = queued.packed_labels(given["labels"].to(device), settings["shifted"])
-        # Where texts begin: those of the batch, the rest in pieces, as attention grows with the square of a length, and of no
-        # tokens as many as make up the number.
-        pieces = -(-step(queued.number.shape[0], settings["lengths"]) // _LONGEST_PIECE)
-        self._sequences = max(self._sequences, queued.shape[0] + pieces)
-        rest = torch.arange(0, _LONGEST_PIECE * (self._sequences - queued.shape[0]) + 1, _LONGEST_PIECE, device=device)
-        found[_OFFSETS] = F.pad(torch.cat([queued.ends[:-1], queued.ends[-1] + rest]).int(), (1, 0))
-        # Attention is told by the offsets. One that does not read them must not go unnoticed: it gets numbers that are none.
-        found["attention_mask"] = torch.full((1, 1, 1, 1), float("nan"), device=device)
-        return found
+        labels = given.get("labels") if settings["labels"] else None
+        tokens = Tokens(
+            ids,
+            given.get("token_type_ids"),
+            labels if labels is None else labels.to(device),
+            given.get("position_ids"),
+        )
+        # Where texts begin: those of the batch, the rest in pieces, and of no tokens as many as make up the number.
+        pieces = -(-step(mask.numel(), settings["lengths"]) // LONGEST_PIECE)
+        self._sequences = max(self._sequences, mask.shape[0] + pieces)
+        return Queued(mask.to(device), tokens, self._form, self._sequences)
 
     def _unfit(self, batch: Batch) -> str | None:
         """Why a batch is not packed."""
-        size = batch.source.shape[0]
+        size = batch.size
         if not batch.tokens or (batch.texts < batch.shape[0] and not self.settings["empty"]):
             return "a row without a token"
         if batch.tokens == size:
@@ -390,39 +341,31 @@ class PaddingFreeForward(Wrapping):
             return "padding at the beginning of a row, where this model's output is read"
         return None
 
-    def _run(self, inner: Callable[..., Any], given: dict[str, Any], ahead: dict[str, Tensor], batch: Batch) -> Any:
-        settings = self.settings
-        packing = pack(batch, settings["lengths"])
-        settings["calls"].pack(packing)
-        offsets, mask = ahead.pop(_OFFSETS).clamp_(max=packing.length), ahead.pop("attention_mask")
+    def _call(self, given: dict[str, Any], queued: Queued) -> dict[str, Any]:
+        """What a packed call is given, as far as it does not depend on what is read."""
         call = {name: value for name, value in given.items() if value is not None}
-        call.update((name, x[: packing.length].unsqueeze(0)) for name, x in ahead.items())
+        if self.settings["caches"] and "use_cache" in self.parameters:
+            call["use_cache"] = False
+        # Attention is told by the offsets. One that does not read them must not go unnoticed: it gets numbers that are none.
+        call["attention_mask"] = _no_mask(queued.packed.source.device)
+        call["cu_seq_lens_q"] = call["cu_seq_lens_k"] = queued.packed.offsets
+        return call
+
+    def _run(self, inner: Callable[..., Any], call: dict[str, Any], queued: Queued, batch: Batch) -> Any:
+        """From the arrival of the numbers to what ``inner`` launches the device waits: here is nothing but views."""
+        packing = pack(queued, batch, self.settings["lengths"])
+        shape, strides = (1, packing.length), (packing.length, 1)
+        for name, x in zip(_TOKENS, queued.packed.tokens, strict=True):
+            if x is not None:
+                call[name] = x.as_strided(shape, strides)
         if "inputs_embeds" in call:
             call["inputs_embeds"] = packing.packed(call["inputs_embeds"])
-        if settings["caches"] and "use_cache" in self.parameters:
-            call["use_cache"] = False
         self._longest = max(self._longest, _LONGEST, 1 << (batch.longest - 1).bit_length())
-        call.update(attention_mask=mask, max_length_q=self._longest, max_length_k=self._longest)
-        call.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
+        call["max_length_q"] = call["max_length_k"] = self._longest
         with _packed(packing):
             output = inner(**call)
+        self.settings["calls"].pack(packing)
         return packing.padded_everywhere(output)
-
-    def _positions(self, given: dict[str, Any], queued: Queued) -> Tensor | None:
-        """Numbers of the packed tokens: those that the padded model would have given them."""
-        own, rule = given.get("position_ids"), self.settings["positions"]
-        if own is not None:
-            return queued.packed(own.expand(queued.shape).contiguous())
-        if rule == NOWHERE:
-            return None
-        ids = given.get("input_ids")
-        if rule == ATTENDED:
-            return queued.packed((queued.valid.cumsum(1) - 1).clamp_(min=0))
-        if rule == TEXT and ids is not None:
-            text = ids != self.settings["pad"]
-            return queued.packed(text.cumsum(1) * text + self.settings["pad"])
-        columns = queued.source % queued.shape[1]
-        return columns + (self.settings["pad"] + 1) if rule == TEXT else columns
 
 
 class PaddedInput(Wrapping):

@@ -32,18 +32,8 @@ from oslo_fusion.environment import Environment
 from oslo_fusion.kernels.deferred import FORWARD, REPLICATE, PlainReplica
 from oslo_fusion.kernels.loss_sites import KIND as LOSS
 from oslo_fusion.kernels.norm_sites import ROOM
-from oslo_fusion.kernels.padding import (
-    ATTENDED,
-    COARSE,
-    COLUMNS,
-    FINE,
-    IGNORED,
-    NOWHERE,
-    TEXT,
-    Calls,
-    PaddedInput,
-    PaddingFreeForward,
-)
+from oslo_fusion.kernels.padding import Calls, PaddedInput, PaddingFreeForward
+from oslo_fusion.ops.pack_tokens import ATTENDED, COARSE, COLUMNS, FINE, IGNORED, NOWHERE, TEXT
 from oslo_fusion.plan import NOTHING_TAKEN, Proposal, Site, Swap, Taken
 
 KIND = "padded batches"

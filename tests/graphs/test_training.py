@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from oslo_fusion import initialize, report
-from oslo_fusion.graphs import TrainingGraphs, training
-from oslo_fusion.graphs.training import WARM_CALLS, Captured, settings_of
+from oslo_fusion.graphs import State, TrainingGraphs, training
+from oslo_fusion.graphs.training import WARM_CALLS, Captured
 from oslo_fusion.models import build_model
 from oslo_fusion.workload import switch_off_dropout
 
@@ -96,31 +96,107 @@ def test_what_is_no_tensor_and_no_number_runs_as_it_was() -> None:
 
 def test_what_a_graph_has_read_is_compared_before_a_replay() -> None:
     module = Two(0.5)
-    read = [(module.first._parameters, "weight", module.first.weight, module.first.weight.data_ptr(), True)]
-    nothing: Any = None
-    captured = Captured(
-        nothing, nothing, [], [], None, [], [], [], [], [], (), read, settings_of(module), training._generation[0]
-    )
-    assert captured.is_current
+    module.register_buffer("counts", torch.zeros(1))
+    state = State(module)
+    assert state.is_current
     module.dropout.p = 0.25
-    assert not captured.is_current
+    assert not state.is_current
     module.dropout.p = 0.5
-    assert captured.is_current
+    assert state.is_current
     module.second.eval()
-    assert not captured.is_current
+    assert not state.is_current
     module.train()
     module.dropout.p = torch.tensor([0.5, 0.5])  # type: ignore[assignment]
-    assert not captured.is_current
+    assert not state.is_current
+    del module.dropout.p
+    assert not state.is_current
     module.dropout.p = 0.5
     second, module.second = module.second, nn.Linear(32, 16)
-    assert not captured.is_current
+    assert not state.is_current
     module.second = second
-    assert captured.is_current
+    assert state.is_current
+    module.counts = torch.zeros(1)  # equal, and elsewhere
+    assert not state.is_current
+    state = State(module)
     module.first.weight.requires_grad_(False)
-    assert not captured.is_current
+    assert not state.is_current
     module.first.weight.requires_grad_(True)
+    assert state.is_current
     module.first.weight.data = module.first.weight.data.clone()
-    assert not captured.is_current
+    assert not state.is_current
+    state = State(module)
+    module.first.bias = None
+    assert not state.is_current
+
+
+def test_hooks_on_parts_are_seen() -> None:
+    module = Two()
+    state = State(module)
+    own = module.register_forward_hook(lambda *_: None)  # called around what is replayed
+    assert not state.is_hooked
+    own.remove()
+    for register in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
+        handle = getattr(module.second, f"register_{register}")(lambda *_: None)
+        assert state.is_hooked
+        handle.remove()
+        assert not state.is_hooked
+
+
+def test_one_look_ahead_serves_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was looked at is not looked at again; but what was captured of another state is."""
+    module, looks = Two(), list[int]()
+
+    def capture(self: training.Pair, function: Any, of: nn.Module, leaves: Any) -> Captured:
+        nothing: Any = None
+        self.captured = Captured(*[nothing] * 2, [], [], None, [], [], [], [], [], (), State(of))
+        return self.captured
+
+    current = State.is_current.fget
+    assert current is not None
+    monkeypatch.setattr(training, "WARM_CALLS", 0)
+    monkeypatch.setattr(training.Pair, "capture", capture)
+    monkeypatch.setattr(training.Pair, "replay", lambda self, captured, leaves: captured)
+    monkeypatch.setattr(State, "is_current", property(lambda self: looks.append(1) or current(self)))
+    graphs = TrainingGraphs()
+
+    def run(size: int, ahead: State | None) -> Captured:
+        found: Captured = graphs.run(module, module, (torch.ones(size, 16),), {"flag": True}, pytest.fail, ahead)
+        return found
+
+    assert graphs.look_ahead() is None
+    first, second = run(1, None), run(2, None)
+    assert first.state is second.state
+    state = graphs.look_ahead()
+    assert state is first.state
+    looks.clear()
+    assert [run(1, state), run(2, state)] == [first, second]
+    assert not looks
+    assert run(1, None) is first
+    assert looks
+    hook = module.second.register_forward_hook(lambda *_: None)
+    assert graphs.look_ahead() is None
+    hook.remove()
+    module.second.eval()
+    assert graphs.look_ahead() is None
+    third = run(1, None)
+    assert third.state is not first.state
+    assert graphs.look_ahead() is third.state
+    looks.clear()
+    assert run(2, third.state) is not second  # captured before
+    assert looks
+    monkeypatch.setattr(training, "_generation", [training._generation[0] + 1])  # a capture failed since
+    assert run(1, third.state) is not third
+
+
+def test_arguments_that_hold_no_others_are_put_together_as_pytree_does() -> None:
+    x = torch.ones(1)
+    for args, kwargs in (((), {}), ((x, None), {}), ((x,), {"a": 1, "b": x}), (([x],), {"a": 1}), ((), {"a": {"b": x}})):
+        leaves, spec = training._flattened(args, kwargs)
+        assert all(a is b for a, b in zip(leaves, pytree.tree_leaves((args, kwargs)), strict=True))
+        found_args, found_kwargs = training._unflattened(leaves, spec)
+        assert (repr(found_args), repr(found_kwargs)) == (repr(args), repr(kwargs))
+    specs = [training._flattened(*given)[1] for given in (((1, 2), {}), ((1,), {"a": 2}), ((1,), {"b": 2}))]
+    assert len(set(specs)) == 3
 
 
 class Computing:
@@ -155,7 +231,7 @@ def test_the_forward_is_replayed_before_autograd_is_told(monkeypatch: pytest.Mon
     pair = training.Pair(leaves, spec, training.Memory())
     graphs: Any = (Computing(forward), Computing(backward))
     pair.captured = captured = Captured(
-        *graphs, [place], [out], result_spec, [True], [out], [dout], [0], [module.weight], (dx, dw), [], [], 0
+        *graphs, [place], [out], result_spec, [True], [out], [dout], [0], [module.weight], (dx, dw), State(module)
     )
     result = pair.replay(captured, leaves)
     assert log == ["replay", "autograd"]

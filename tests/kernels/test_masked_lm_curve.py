@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
 import oslo_fusion
-from oslo_fusion.kernels.padding import IGNORED
+from oslo_fusion.ops.pack_tokens import IGNORED
 from oslo_fusion.testing import curves_apart
 from tutorials.small_gpt import SIZES, Text
 

@@ -22,8 +22,9 @@ import oslo_fusion
 from oslo_fusion import surgery
 from oslo_fusion.aot import room as aot_room
 from oslo_fusion.kernels import loss_sites, padding_sites
-from oslo_fusion.kernels.padding import COARSE, IGNORED, Calls, PaddingFreeForward, Queued, bucket, pack
+from oslo_fusion.kernels.padding import Batch, Calls, PaddingFreeForward, Queued, pack
 from oslo_fusion.kernels.padding_sites import KIND
+from oslo_fusion.ops.pack_tokens import COARSE, IGNORED, Form, Tokens, bucket
 from oslo_fusion.plan import Proposal
 from oslo_fusion.testing import assert_close_to_reference
 
@@ -331,14 +332,42 @@ def test_buckets() -> None:
 
 def test_a_packing_and_its_inverse() -> None:
     mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1]])
-    queued = Queued(mask)
-    packing = pack(queued.read())
     x = torch.arange(1, 13).view(3, 4)
+    queued = Queued(mask, Tokens(labels=x), Form(shifted=True), 4)
+    batch = queued.read()
+    assert (batch.tokens, batch.longest, batch.texts, batch.begins, batch.pieces, batch.stray) == (5, 3, 2, 1, 2, True)
+    packing = pack(queued, batch)
     assert packing.packed(x)[0, :5].tolist() == [1, 2, 10, 11, 12]
     assert torch.equal(packing.padded(packing.packed(x)), x * mask)
-    labels = queued.packed_labels(x, True)
-    assert labels[:6].tolist() == [IGNORED, 2, 3, 11, 12, IGNORED]  # behind each token is what it predicts
-    assert set(queued.packed_labels(x, False)[5:].tolist()) == {IGNORED}
+
+
+def test_what_stands_inside_looks_ahead_before_the_host_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is told once what it found, in a call that is packed."""
+    model, log = make("BertForMaskedLM"), list[str]()
+    fuse(model)
+
+    class Looking(surgery.Standing):
+        def look_ahead(self) -> str:
+            log.append("looks")
+            return "found"
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            log.extend(str(surgery.found_ahead(self)) for _ in range(2))
+            return type(self.module).forward(self.module, *args, **kwargs)
+
+    def read(self: Queued) -> Batch:
+        log.append("waits")
+        return own_read(self)
+
+    own_read, model.bert.forward = Queued.read, Looking(model.bert, {})
+    monkeypatch.setattr(Queued, "read", read)
+    given = batch(model)
+    model(**given)
+    assert log == ["looks", "waits", "found", "None"]
+    log.clear()
+    model(**{**given, "attention_mask": torch.ones_like(given["attention_mask"])})
+    assert log == ["looks", "waits", "None", "None"]
+    assert surgery.found_ahead(model.bert.forward) is None
 
 
 @pytest.mark.parametrize(
