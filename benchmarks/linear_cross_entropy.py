@@ -208,7 +208,6 @@ def sweep(shape: Shape, dtype: torch.dtype, device: torch.device, rate: float) -
     """Ours over chunk sizes, with both sums; and the kernel alone over its cuts, on one chunk."""
     from oslo_fusion.ops.linear_cross_entropy import Options
     from oslo_fusion.triton import linear_cross_entropy as kernels
-    from oslo_fusion.triton.rows import device_facts
 
     leaves, labels = inputs(shape, dtype, device)
     hidden, weight, *bias = (leaf.detach() for leaf in leaves)
@@ -233,23 +232,20 @@ def sweep(shape: Shape, dtype: torch.dtype, device: torch.device, rate: float) -
             "ms": {name: round(value, 3) for name, value in times.items()},
             "peak_mib": {name: round(value / 2**20, 1) for name, value in peaks.items()},
         }
-    processors, _ = device_facts(hidden)
     rows, width = 2048, kernels.padded_width(shape.vocab)
     buffer = torch.randn(rows, width, device=device, dtype=dtype)
     losses, target = torch.empty(rows, device=device), torch.randint(0, shape.vocab, (rows,), device=device)
-    chosen_blocks = kernels.loss_blocks(shape.vocab, rows, processors)
+    chosen_blocks = kernels.loss_blocks(shape.vocab)
     cuts = {chosen_blocks} | {
-        kernels.LossBlocks(columns, warps, programs)
-        for columns, warps, programs in itertools.product(
-            (2048, 4096, 8192), (4, 8, 16, 32), (2 * processors, 4 * processors, 8 * processors, rows)
-        )
-        if 8 <= columns // (32 * warps) <= 32 and min(programs, rows) * warps >= 32 * processors
+        kernels.LossBlocks(columns, warps)
+        for columns, warps in itertools.product((2048, 4096, 8192, 16384), (4, 8, 16, 32))
+        if 8 <= columns // (32 * warps) <= 32
     }
 
     def launch(cut: Any, _: int) -> None:
         constants = (shape.vocab, width, 0.0, 0.0, 1.0, False, True, cut.columns)
         constants += (kernels.rest_columns(shape.vocab, cut.columns),)
-        kernels._LOSS((cut.programs,), (buffer, None, target, losses), (rows, -100), constants, cut.warps)
+        kernels._LOSS((rows,), (buffer, None, target, losses), (-100,), constants, cut.warps)
 
     alone = {str(cut): functools.partial(launch, cut) for cut in sorted(cuts, key=str)}
     times = device_times(alone, burst=3, turns=3)

@@ -1863,7 +1863,7 @@ def _set_up(q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -
             (heads, -(-width // 512)),
             (extras.table.contiguous(), buckets, distances),
             (_base_factor(q) if not _folds(q, extras, options) else 1.0 / options.scale, heads, width),
-            (_chain(q, batches, 1), 512),
+            (_chain(q, batches, 2), 512),
             4,
         )
     return _Setup(
@@ -1889,10 +1889,10 @@ def _set_up(q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -
 
 
 def _chain(q: Tensor, batches: int, place: int) -> int:
-    """The constant CHAIN (:func:`chain`): 1 for the first kernel of a call, 2 for one right after another of ours, 0 elsewhere.
+    """The constant CHAIN (:func:`chain`): 1 for a call's first kernel that reads before it waits, 2 for what follows, or 0.
 
-    T5's forward has two kernels, its backward six. What stands before their loops reads what was there before the call. So the
-    first one is not early, and torch launches nothing between them: what has to be copied is copied before the first.
+    T5's forward has two kernels, its backward six. What stands before their loops reads what was there before the call. So none
+    of these is a call's first and early, and torch launches nothing between them: what has to be copied is copied before.
     """
     one_launch_each = q.dtype != torch.float32 and batches <= _MOST_BATCHES
     return place if one_launch_each and chain(q) else 0

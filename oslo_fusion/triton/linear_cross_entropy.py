@@ -35,7 +35,7 @@ from oslo_fusion.ops.linear_cross_entropy import (
     register_kernels,
 )
 from oslo_fusion.triton.launch import Kernel
-from oslo_fusion.triton.rows import device_facts, on_device, stride_unit
+from oslo_fusion.triton.rows import on_device, stride_unit
 
 _PADDING = 64  # numbers; 128 bytes in half precision, a line of the cache
 _ALIGNMENT = 8  # numbers; 16 bytes in half precision, what the tensor cores' loads and stores want
@@ -51,12 +51,10 @@ class LossBlocks:
     Attributes:
         columns: logits that a program has in registers at a time.
         warps: warps per program.
-        programs: how many programs run; each walks over rows.
     """
 
     columns: int
     warps: int
-    programs: int
 
 
 def rest_columns(vocab: int, columns: int) -> int:
@@ -92,20 +90,16 @@ def chunk_rows(rows: int, dim: int, vocab: int, itemsize: int, wide: bool) -> in
 
 
 @functools.lru_cache(maxsize=256)
-def loss_blocks(vocab: int, rows: int, processors: int) -> LossBlocks:
-    """How the kernel is cut: four programs of 512 threads on each multiprocessor.
+def loss_blocks(vocab: int) -> LossBlocks:
+    """How the kernel is cut: a program takes a row.
 
-    From a sweep on one H200, 2048 rows: 128256 words 0.41 ms in blocks of 16384 and 0.48 in blocks of 4096, 50257 words 0.21 in
-    blocks of 4096 and 0.27 in blocks of 16384; a program per multiprocessor 0.48 and 0.38. That the rows of all programs would
-    fit into L2 until their second read, which fewer programs give, is worth less than the bytes under way.
-
-    Args:
-        vocab, rows: of the chunk.
-        processors: multiprocessors of the device.
+    From a sweep on one H200, 2048 rows: 50257 words 0.125 ms in blocks of 4096 with 16 warps, 0.157 with 32 warps and blocks of
+    8192; 128256 words, which do not wait in L2 for their second read, 0.414 and 0.357. Programs that walk over rows, four on a
+    multiprocessor, 0.137 and 0.409.
     """
-    columns = min(4096, 1 << max(7, (vocab - 1).bit_length()))
-    warps = max(4, min(_MAX_WARPS, columns // 256))
-    return LossBlocks(columns, warps, min(rows, 64 // warps * processors))
+    columns, warps = (8192, 32) if vocab > 65536 else (4096, 16)
+    columns = min(columns, 1 << max(7, (vocab - 1).bit_length()))
+    return LossBlocks(columns, max(4, min(warps, columns // 256)))
 
 
 @triton.jit
@@ -197,13 +191,12 @@ def _gradient(
     return d
 
 
-@triton.jit(do_not_specialize=["num_rows", "ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index"])
 def _loss_kernel(
     logits_ptr,
     bias_ptr,
     labels_ptr,
     losses_ptr,
-    num_rows,
     ignore_index,
     VOCAB: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -217,59 +210,57 @@ def _loss_kernel(
 ):
     # Blocks that are words as a whole, then REST columns, a power of two, for what is left. There loads and stores reach into
     # the padding (WIDTH), which leaves them whole lines; what counts ends at VOCAB.
-    # The pointer goes from row to row: row · WIDTH may be more than 32 bits hold.
     END: tl.constexpr = VOCAB // BLOCK * BLOCK
     GROUP: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth  # numbers of a thread's load
-    row_ptr = logits_ptr + tl.program_id(0).to(tl.int64) * WIDTH
-    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-        label = tl.load(labels_ptr + row)
-        if label == ignore_index:
-            tl.store(losses_ptr + row, 0.0)
-            if GRADIENT:
-                for start in range(0, WIDTH, BLOCK):
-                    cols = start + tl.arange(0, BLOCK)
-                    zero = tl.zeros((BLOCK,), dtype=tl.float32)
-                    tl.store(row_ptr + cols, zero.to(logits_ptr.dtype.element_ty), mask=cols < WIDTH)
-        else:
-            inside = (label >= 0) & (label < VOCAB)
-            word = tl.where(inside, label, VOCAB).to(tl.int32)
-            at_label = tl.load(row_ptr + word, mask=inside, other=0.0)
-            at_label = _logits(at_label, bias_ptr, word, inside, SCALE, CAP, HAS_BIAS)
-            # Maximum and sum of every GROUP columns apart: nothing crosses threads before the row is read.
-            # Not -inf: a first block in which all words are forbidden would make NaN of -inf - -inf.
-            tops = tl.full((BLOCK // GROUP,), -1.0e38, dtype=tl.float32)
-            totals = tl.zeros((BLOCK // GROUP,), dtype=tl.float32)
-            means = tl.zeros((BLOCK // GROUP,), dtype=tl.float32)
+    row = tl.program_id(0)
+    row_ptr = logits_ptr + row.to(tl.int64) * WIDTH  # may be more than 32 bits hold
+    label = tl.load(labels_ptr + row)
+    if label == ignore_index:
+        tl.store(losses_ptr + row, 0.0)
+        if GRADIENT:
+            for start in range(0, WIDTH, BLOCK):
+                cols = start + tl.arange(0, BLOCK)
+                zero = tl.zeros((BLOCK,), dtype=tl.float32)
+                tl.store(row_ptr + cols, zero.to(logits_ptr.dtype.element_ty), mask=cols < WIDTH)
+    else:
+        inside = (label >= 0) & (label < VOCAB)
+        word = tl.where(inside, label, VOCAB).to(tl.int32)
+        at_label = tl.load(row_ptr + word, mask=inside, other=0.0)
+        at_label = _logits(at_label, bias_ptr, word, inside, SCALE, CAP, HAS_BIAS)
+        # Maximum and sum of every GROUP columns apart: nothing crosses threads before the row is read.
+        # Not -inf: a first block in which all words are forbidden would make NaN of -inf - -inf.
+        tops = tl.full((BLOCK // GROUP,), -1.0e38, dtype=tl.float32)
+        totals = tl.zeros((BLOCK // GROUP,), dtype=tl.float32)
+        means = tl.zeros((BLOCK // GROUP,), dtype=tl.float32)
+        for start in range(0, END, BLOCK):
+            z, cols = _block(row_ptr, bias_ptr, start, WIDTH, CAP, SCALE, HAS_BIAS, BLOCK, True, True)
+            if SMOOTHING != 0.0:
+                means += tl.sum(tl.reshape(z, (BLOCK // GROUP, GROUP)), axis=1)
+            tops, totals = _softmax_step(z, tops, totals, GROUP)
+        top = tl.max(tops, axis=0)
+        total = tl.sum(totals * _powers(tops, top), axis=0)
+        mean = tl.sum(means, axis=0)
+        if REST > 0:
+            rest, places = _block(row_ptr, bias_ptr, END, WIDTH, CAP, SCALE, HAS_BIAS, REST, False, True)
+            if SMOOTHING != 0.0:
+                mean += tl.sum(tl.where(places < VOCAB, rest, 0.0), axis=0)
+            rest = tl.where(places < VOCAB, rest, float("-inf"))
+            higher = tl.maximum(top, tl.max(rest, axis=0))
+            total = total * _powers(top, higher) + tl.sum(_powers(rest, higher), axis=0)
+            top = higher
+        target = at_label if SMOOTHING == 0.0 else (1.0 - SMOOTHING) * at_label + SMOOTHING * (mean / VOCAB)
+        tl.store(losses_ptr + row, (top - target) + tl.log(total))
+        if GRADIENT:
+            share = 1.0 / total
             for start in range(0, END, BLOCK):
-                z, cols = _block(row_ptr, bias_ptr, start, WIDTH, CAP, SCALE, HAS_BIAS, BLOCK, True, True)
-                if SMOOTHING != 0.0:
-                    means += tl.sum(tl.reshape(z, (BLOCK // GROUP, GROUP)), axis=1)
-                tops, totals = _softmax_step(z, tops, totals, GROUP)
-            top = tl.max(tops, axis=0)
-            total = tl.sum(totals * _powers(tops, top), axis=0)
-            mean = tl.sum(means, axis=0)
+                z, cols = _block(row_ptr, bias_ptr, start, WIDTH, CAP, SCALE, HAS_BIAS, BLOCK, True, False)
+                d = _gradient(z, cols, word, start, top, share, VOCAB, SMOOTHING, CAP, SCALE, BLOCK)
+                tl.store(row_ptr + cols, d.to(logits_ptr.dtype.element_ty))
             if REST > 0:
-                rest, places = _block(row_ptr, bias_ptr, END, WIDTH, CAP, SCALE, HAS_BIAS, REST, False, True)
-                if SMOOTHING != 0.0:
-                    mean += tl.sum(tl.where(places < VOCAB, rest, 0.0), axis=0)
-                rest = tl.where(places < VOCAB, rest, float("-inf"))
-                higher = tl.maximum(top, tl.max(rest, axis=0))
-                total = total * _powers(top, higher) + tl.sum(_powers(rest, higher), axis=0)
-                top = higher
-            target = at_label if SMOOTHING == 0.0 else (1.0 - SMOOTHING) * at_label + SMOOTHING * (mean / VOCAB)
-            tl.store(losses_ptr + row, (top - target) + tl.log(total))
-            if GRADIENT:
-                share = 1.0 / total
-                for start in range(0, END, BLOCK):
-                    z, cols = _block(row_ptr, bias_ptr, start, WIDTH, CAP, SCALE, HAS_BIAS, BLOCK, True, False)
-                    d = _gradient(z, cols, word, start, top, share, VOCAB, SMOOTHING, CAP, SCALE, BLOCK)
-                    tl.store(row_ptr + cols, d.to(logits_ptr.dtype.element_ty))
-                if REST > 0:
-                    rest, places = _block(row_ptr, bias_ptr, END, WIDTH, CAP, SCALE, HAS_BIAS, REST, False, False)
-                    slope = _gradient(rest, places, word, END, top, share, VOCAB, SMOOTHING, CAP, SCALE, REST)
-                    slope = tl.where(places < VOCAB, slope, 0.0)
-                    tl.store(row_ptr + places, slope.to(logits_ptr.dtype.element_ty), mask=places < WIDTH)
-        row_ptr += tl.num_programs(0).to(tl.int64) * WIDTH
+                rest, places = _block(row_ptr, bias_ptr, END, WIDTH, CAP, SCALE, HAS_BIAS, REST, False, False)
+                slope = _gradient(rest, places, word, END, top, share, VOCAB, SMOOTHING, CAP, SCALE, REST)
+                slope = tl.where(places < VOCAB, slope, 0.0)
+                tl.store(row_ptr + places, slope.to(logits_ptr.dtype.element_ty), mask=places < WIDTH)
 
 
 @triton.jit(do_not_specialize=["num_units"])
@@ -371,7 +362,7 @@ def launch_linear_cross_entropy(
         dbias = torch.zeros((vocab if bias_gradient else 0,), dtype=torch.float32, device=device)
         padded = None if bias is None else F.pad(bias, (0, width - vocab))
         buffer = torch.empty((min(chunk, num_rows), width), dtype=dtype, device=device)
-        processors, _ = device_facts(hidden)
+        cut = blocks or loss_blocks(vocab)
         gradient = hidden_gradient or weight_gradient or bias_gradient
         if num_rows == 0:
             sums.zero_()
@@ -380,11 +371,10 @@ def launch_linear_cross_entropy(
             size = part.shape[0]
             logits = buffer[:size, :columns]
             torch.mm(part, rounded.t(), out=logits)
-            cut = blocks or loss_blocks(vocab, size, processors)
             _LOSS(
-                (min(cut.programs, size),),
+                (size,),
                 (buffer, padded, flat[start : start + size], losses[start : start + size]),
-                (size, ignore_index),
+                (ignore_index,),
                 (
                     vocab,
                     width,

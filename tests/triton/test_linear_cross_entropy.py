@@ -18,8 +18,8 @@ from oslo_fusion.triton import linear_cross_entropy as kernels
 from oslo_fusion.triton.linear_cross_entropy import LossBlocks, chunk_rows, loss_blocks, padded_width, rest_columns
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SMALL = LossBlocks(columns=32, warps=4, programs=3)
-"""Several blocks to a row, and several rows to a program."""
+SMALL = LossBlocks(columns=32, warps=4)
+"""Several blocks to a row."""
 
 OPTIONS = {
     "plain": Options(-100, 0.0, 0.0, 1.0, True, False),
@@ -263,8 +263,9 @@ def test_chunks_of_the_goal() -> None:
     assert chunk_rows(16384, 2048, 128256, 2, True) == 2048
     assert chunk_rows(16384, 2048, 128256, 2, False) == 512
     assert chunk_rows(0, 2048, 128256, 2, True) == 1
-    assert loss_blocks(128256, 2048, 132) == LossBlocks(4096, 16, 528)
-    assert loss_blocks(512, 3, 132) == LossBlocks(512, 4, 3)
+    assert loss_blocks(128256) == LossBlocks(8192, 32)
+    assert loss_blocks(50257) == LossBlocks(4096, 16)
+    assert loss_blocks(512) == LossBlocks(512, 4)
     assert [padded_width(n) for n in (1, 64, 50257)] == [64, 64, 50304]
     assert [rest_columns(n, 4096) for n in (1, 4096, 4097, 50257, 128256)] == [64, 0, 64, 2048, 2048]
 
@@ -275,9 +276,9 @@ def test_chunks_of_the_goal() -> None:
 def test_kernels_compile_for_every_target(
     vocab: int, dtype: str, special: bool, compile_for_all_targets: Callable[..., Any]
 ) -> None:
-    blocks = loss_blocks(vocab, 2048, 132)
+    blocks = loss_blocks(vocab)
     signature = {"logits_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", "labels_ptr": "*i64", "losses_ptr": "*fp32"}
-    signature |= {"num_rows": "i32", "ignore_index": "i32"}
+    signature |= {"ignore_index": "i32"}
     shape = {"VOCAB": vocab, "WIDTH": padded_width(vocab), "BLOCK": blocks.columns, "GRADIENT": True, "HAS_BIAS": special}
     shape["REST"] = rest_columns(vocab, blocks.columns)
     options = {"SMOOTHING": 0.1 if special else 0.0, "CAP": 30.0 if special else 0.0, "SCALE": 0.5 if special else 1.0}
