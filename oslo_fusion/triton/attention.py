@@ -1430,6 +1430,25 @@ def _attention_dq_kernel(
         tl.store(far_ptr + 1, tl.sum(far_right, axis=0))
 
 
+@triton.jit
+def _sums_by_bucket(
+    tile_ptr, buckets_ptr, offset, reach, COUNT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr
+):
+    """A tile's sums by bucket. A column of what is read here is a distance, so each row is read from another place on."""
+    ROWS: tl.constexpr = 16 if QUERIES >= 16 else QUERIES
+    names, cols = tl.arange(0, COUNT), tl.arange(0, SPAN)
+    diagonals = tl.zeros((ROWS, SPAN), dtype=tl.float32)
+    for first in range(0, QUERIES, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        place = cols[None, :] - (QUERIES - 1) + rows[:, None]
+        mask = (place >= 0) & (place < KEYS)
+        diagonals += tl.load(tile_ptr + rows[:, None] * KEYS + place, mask=mask, other=0.0)
+    valid = cols < QUERIES + KEYS - 1
+    bucket = tl.load(buckets_ptr + reach + offset + cols - (QUERIES - 1), mask=valid, other=0)
+    sums = tl.where(valid, tl.sum(diagonals, axis=0), 0.0)
+    return tl.sum(tl.where(names[:, None] == bucket[None, :], sums[None, :], 0.0), axis=1)
+
+
 @triton.jit(do_not_specialize=[*_BACKWARD_NUMBERS, "batches", "most", "first_offset"])
 def _attention_dtable_kernel(
     q_ptr,
@@ -1446,6 +1465,8 @@ def _attention_dtable_kernel(
     q_offsets_ptr,
     k_offsets_ptr,
     kept_ptr,
+    buckets_ptr,
+    diagonals_ptr,
     natural,
     first_batch,
     scale,
@@ -1504,6 +1525,8 @@ def _attention_dtable_kernel(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
+    COUNT: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
     # Program: a part of the tiles of one diagonal of one head. Tiles of keys begin at a fixed distance from those of queries.
     part = tl.program_id(0)
@@ -1607,40 +1630,11 @@ def _attention_dtable_kernel(
     if DROPOUT and not NATURAL:
         total *= inverse
     number = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + part
-    tl.store(parts_ptr + number * (QUERIES * KEYS) + rows[:, None] * KEYS + cols[None, :], total)
-
-
-@triton.jit(do_not_specialize=["first_offset", "reach"])
-def _attention_dtable_diagonals_kernel(
-    parts_ptr,
-    buckets_ptr,
-    diagonals_ptr,
-    first_offset,
-    reach,
-    CHAIN: tl.constexpr,
-    COUNT: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPAN: tl.constexpr,
-):
-    chained(CHAIN)
-    # A tile's sums by bucket. A column of what is read here is a distance, so each row is read from another place on.
-    number = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    tile_ptr = parts_ptr + number.to(tl.int64) * (QUERIES * KEYS)
-    names, cols = tl.arange(0, COUNT), tl.arange(0, SPAN)
-    diagonals = tl.zeros((ROWS, SPAN), dtype=tl.float32)
-    for first in range(0, QUERIES, ROWS):
-        rows = first + tl.arange(0, ROWS)
-        place = cols[None, :] - (QUERIES - 1) + rows[:, None]
-        mask = (place >= 0) & (place < KEYS)
-        diagonals += tl.load(tile_ptr + rows[:, None] * KEYS + place, mask=mask, other=0.0)
-    distance = (first_offset + tl.program_id(1)) * KEYS + cols - (QUERIES - 1)
-    valid = cols < QUERIES + KEYS - 1
-    bucket = tl.load(buckets_ptr + reach + distance, mask=valid, other=0)
-    sums = tl.where(valid, tl.sum(diagonals, axis=0), 0.0)
-    total = tl.sum(tl.where(names[:, None] == bucket[None, :], sums[None, :], 0.0), axis=1)
-    tl.store(diagonals_ptr + number.to(tl.int64) * COUNT + names, total)
+    tile_ptr = parts_ptr + number * (QUERIES * KEYS)
+    tl.store(tile_ptr + rows[:, None] * KEYS + cols[None, :], total)
+    tl.debug_barrier()  # what is read now other threads wrote
+    by_bucket = _sums_by_bucket(tile_ptr, buckets_ptr, offset, reach, COUNT, QUERIES, KEYS, SPAN)
+    tl.store(diagonals_ptr + number * COUNT + tl.arange(0, COUNT), by_bucket)
 
 
 @triton.jit(do_not_specialize=["heads", "batches", "blocks", "tiles", "reach"])
@@ -1686,8 +1680,7 @@ def _attention_dtable_sum_kernel(
 
 _DISTANCES, _RANGE = Kernel(_attention_distances_kernel), Kernel(_attention_range_kernel)
 _FORWARD, _DKDV, _DQ = Kernel(_attention_fwd_kernel), Kernel(_attention_dkdv_kernel), Kernel(_attention_dq_kernel)
-_DTABLE, _DIAGONALS = Kernel(_attention_dtable_kernel), Kernel(_attention_dtable_diagonals_kernel)
-_DTABLE_SUM = Kernel(_attention_dtable_sum_kernel)
+_DTABLE, _DTABLE_SUM = Kernel(_attention_dtable_kernel), Kernel(_attention_dtable_sum_kernel)
 
 
 @functools.lru_cache(maxsize=64)
@@ -1891,8 +1884,8 @@ def _set_up(q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -
 def _chain(q: Tensor, batches: int, place: int) -> int:
     """The constant CHAIN (:func:`chain`): 1 for a call's first kernel that reads before it waits, 2 for what follows, or 0.
 
-    T5's forward has two kernels, its backward six. What stands before their loops reads what was there before the call. So none
-    of these is a call's first and early, and torch launches nothing between them: what has to be copied is copied before.
+    T5's forward has two kernels, its backward five. What stands before their loops reads what was there before the call. So
+    none of these is a call's first and early, and torch launches nothing between them: what has to be copied is copied before.
     """
     one_launch_each = q.dtype != torch.float32 and batches <= _MOST_BATCHES
     return place if one_launch_each and chain(q) else 0
@@ -2198,6 +2191,9 @@ def _table_gradient(
         [setup.batches * _count_tiles(setup, tile, count, first + i) for i in range(offsets)], setup.heads, device_facts(q)[0]
     )
     sums = torch.empty((setup.heads, offsets, parts, tile.queries, tile.keys), dtype=torch.float32, device=q.device)
+    buckets, span = dtable.shape[0], 1 << (tile.queries + tile.keys - 2).bit_length()
+    width = 1 << (buckets - 1).bit_length()
+    by_bucket = torch.empty((setup.heads, offsets * parts, width), dtype=torch.float32, device=q.device)
     strides, unit = _in_units(q, setup.k, setup.v, dout)
     distances, _, *pointers = setup.pointers
     logsumexp, delta, words = state
@@ -2208,7 +2204,7 @@ def _table_gradient(
     chain = _chain(q, setup.batches, 2)
     _DTABLE(
         (parts, offsets, setup.heads),
-        (q, setup.k, setup.v, dout, sums, logsumexp, delta, distances, *pointers, words),
+        (q, setup.k, setup.v, dout, sums, logsumexp, delta, distances, *pointers, words, setup.buckets, by_bucket),
         (setup.options.scale, *setup.numbers(count, logsumexp, words), *strides, setup.batches, share, first),
         (
             dim,
@@ -2223,19 +2219,11 @@ def _table_gradient(
             tile.queries,
             tile.keys,
             tile.stages,
+            width,
+            span,
         ),
         tile.warps,
         tile.registers,
-    )
-    buckets, span = dtable.shape[0], 1 << (tile.queries + tile.keys - 2).bit_length()
-    width = 1 << (buckets - 1).bit_length()
-    by_bucket = torch.empty((setup.heads, offsets * parts, width), dtype=torch.float32, device=q.device)
-    _DIAGONALS(
-        (parts, offsets, setup.heads),
-        (sums, setup.buckets, by_bucket),
-        (first, setup.reach),
-        (chain, width, tile.queries, tile.keys, 16, span),
-        4,
     )
     blocks = -(-setup.queries // cut.queries.queries)
     _DTABLE_SUM(

@@ -487,6 +487,7 @@ POINTERS = {
     "rng_ptr": "*i64",
     "kept_ptr": "*i32",
     "buckets_ptr": "*i32",
+    "diagonals_ptr": "*fp32",
 }
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536, "gfx950": 163_840}
 PLAIN: dict[str, Any] = {
@@ -552,6 +553,7 @@ def compiled(kernel: Any, kind: str, dtype: str, dim: int, tile: AttentionBlocks
     folds = dtype != "fp32" and not flags["HAS_SLOPES"] and not (flags["HAS_TABLE"] and major >= 10)
     constants |= {"ASM": major, "FOLD": folds, "CHAIN": 2 if major >= 9 and dtype != "fp32" else 0}
     constants |= {"QUERIES": tile.queries, "KEYS": tile.keys, "STAGES": tile.stages}
+    constants |= {"COUNT": 32, "SPAN": 1 << (tile.queries + tile.keys - 2).bit_length()}
     constants |= {pointer: None for pointer, flag in NEEDED.items() if not flags[flag]}
     names = kernel.arg_names
     floats = ("scale", "inverse", "natural", "factor", "share")
@@ -642,12 +644,9 @@ def test_other_kernels_compile_for_every_target(compile_for_all_targets: Callabl
     compile_for_all_targets(kernels._attention_distances_kernel, signature, {"BLOCK": 512, "CHAIN": 0})
     signature = {"mask_ptr": "*i1", "range_ptr": "*i32", "keys": "i32", "batch_stride": "i32", "key_stride": "i32"}
     compile_for_all_targets(kernels._attention_range_kernel, signature, {"BLOCK": 1024})
-    signature = {"parts_ptr": "*fp32", "buckets_ptr": "*i32", "diagonals_ptr": "*fp32", "first_offset": "i32", "reach": "i32"}
-    constants: dict[str, Any] = {"CHAIN": 0, "COUNT": 32, "QUERIES": 128, "KEYS": 128, "ROWS": 16, "SPAN": 256}
-    compile_for_all_targets(kernels._attention_dtable_diagonals_kernel, signature, constants)
     signature = {"diagonals_ptr": "*fp32", "far_ptr": "*fp32", "buckets_ptr": "*i32", "dtable_ptr": "*bf16"}
     signature |= dict.fromkeys(("heads", "batches", "blocks", "tiles", "reach"), "i32")
-    constants = {"CHAIN": 0, "BUCKETS": 32, "COUNT": 32, "ROWS": 16, "FAR": 1024}
+    constants: dict[str, Any] = {"CHAIN": 0, "BUCKETS": 32, "COUNT": 32, "ROWS": 16, "FAR": 1024}
     compile_for_all_targets(kernels._attention_dtable_sum_kernel, signature, constants, num_warps=8)
 
 
