@@ -150,7 +150,10 @@ def write(path: Path, roof: float, results: Sequence[dict[str, Any]], left_out: 
         results, left_out: as :func:`within` returns them.
     """
     driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"], capture_output=True, text=True, check=False
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     record = {
         "device": torch.cuda.get_device_name(),

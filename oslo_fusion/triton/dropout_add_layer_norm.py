@@ -35,7 +35,7 @@ from oslo_fusion.ops.dropout_add_layer_norm import (
     result_dtypes,
 )
 from oslo_fusion.triton.dropout import kept_in_rows, random_key
-from oslo_fusion.triton.launch import Kernel, chain, chained
+from oslo_fusion.triton.launch import Kernel, chain, chained, let_next_begin, wait_for_previous
 from oslo_fusion.triton.rows import (
     RowBlocks,
     as_rows,
@@ -182,7 +182,7 @@ def _dropout_add_layer_norm_bwd_kernel(
     STAGES: tl.constexpr,
     CHAIN: tl.constexpr,
 ):
-    chained(CHAIN)
+    wait_for_previous(CHAIN)
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)[None, :]
     cols_mask = cols < DIM
@@ -229,6 +229,7 @@ def _dropout_add_layer_norm_bwd_kernel(
             tl.store(dx_ptr + written, d.to(dx_ptr.dtype.element_ty), mask=mask)
         if LINEAR_BIAS_GRADIENT:
             dlinear_bias += d
+    let_next_begin(CHAIN)
     partial = program.to(tl.int64) * DIM + cols
     if LINEAR_BIAS_GRADIENT:
         tl.store(partials_ptr + partial, tl.sum(dlinear_bias, axis=0)[None, :], mask=cols_mask)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from oslo_fusion.triton.glu import _activate_with_slope
-from oslo_fusion.triton.launch import Kernel, chain, chained
+from oslo_fusion.triton.launch import Kernel, chain, let_next_begin, wait_for_previous
 from oslo_fusion.triton.rows import column_sums, device_facts, on_device
 
 _COLUMNS = 256  # of a tile: 512 bytes in half precision, which memory serves in whole bursts
@@ -75,7 +75,7 @@ def _gelu_bwd_sums_kernel(
     CHAIN: tl.constexpr,
 ):
     """Each number is read and written by one thread, which reads first: the gradient of the output becomes the input's."""
-    chained(CHAIN)
+    wait_for_previous(CHAIN)
     cols = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     cols_mask = cols < DIM
     program = tl.program_id(1)
@@ -92,6 +92,7 @@ def _gelu_bwd_sums_kernel(
         tl.store(d_ptr + at, d.to(d_ptr.dtype.element_ty), mask=mask)
         tl.store(act_ptr + at, act.to(act_ptr.dtype.element_ty), mask=mask)
         total += d  # 0 where there is nothing
+    let_next_begin(CHAIN)
     sums = tl.sum(total, axis=0)[None, :]
     tl.store(partials_ptr + program.to(tl.int64) * DIM + cols, sums, mask=cols_mask)
 

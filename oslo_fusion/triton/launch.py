@@ -22,12 +22,24 @@ _HIP = torch.version.hip is not None
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def chained(CHAIN: tl.constexpr) -> None:
-    """Where a kernel needs what was written before it, and the one after it may begin: see :func:`chain`."""
+def wait_for_previous(CHAIN: tl.constexpr) -> None:
+    """Where a kernel needs what was written before it: see :func:`chain`."""
     if CHAIN == 2:
         gdc_wait()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def let_next_begin(CHAIN: tl.constexpr) -> None:
+    """Where the kernel after this one may begin: see :func:`chain`."""
     if CHAIN > 0:
         gdc_launch_dependents()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def chained(CHAIN: tl.constexpr) -> None:
+    """Both, for a kernel whose programs are short."""
+    wait_for_previous(CHAIN)
+    let_next_begin(CHAIN)
 
 
 @functools.lru_cache(maxsize=64)
@@ -41,13 +53,16 @@ def compute_capability(x: Tensor) -> int:
 
 
 def chain(x: Tensor) -> int:
-    """The constant CHAIN of a kernel that begins with :func:`chained`: 2 on the device of ``x``, or 0 where none is chained.
+    """The constant CHAIN of a kernel that begins with a wait: 2 on the device of ``x``, or 0 where none is chained.
 
     2 is programmatic dependent launch (compute capability 9): the kernel is launched when the programs of the one before it,
-    whose ever that is, have ended, or have all begun if that one says so, as ours do. Where it needs what was written before,
-    it waits for the end of that one. Without, a launch costs a microsecond or two of idle device. Every kernel waits, so the
-    end of one is the end of all before it; and none reads or writes before it has waited what another may write. 1: tells the
-    next kernel that it may begin, but does not wait itself.
+    whose ever that is, have ended, or have all said that it may begin, as ours do. Where it needs what was written before, it
+    waits for the end of that one. Without, a launch costs a microsecond or two of idle device. Every kernel waits, so the end
+    of one is the end of all before it; and none reads or writes before it has waited what another may write. 1: tells the next
+    kernel that it may begin, but does not wait itself.
+
+    Programs that wait take time from those that work: a kernel whose programs walk over rows says so at the end of the walk
+    (said at its begin, 32768×4096 float32 took 457 µs instead of 385, one H200).
     """
     return 2 if compute_capability(x) >= 9 else 0
 

@@ -29,7 +29,7 @@ from oslo_fusion.ops.layer_norm import (
     result_dtypes,
 )
 from oslo_fusion.triton import ragged_rows
-from oslo_fusion.triton.launch import Kernel, chain, chained
+from oslo_fusion.triton.launch import Kernel, chain, chained, let_next_begin, wait_for_previous
 from oslo_fusion.triton.rows import (
     RAGGED_BACKWARD,
     RAGGED_FORWARD,
@@ -132,7 +132,7 @@ def _layer_norm_bwd_kernel(
     STAGES: tl.constexpr,
     CHAIN: tl.constexpr,
 ):
-    chained(CHAIN)
+    wait_for_previous(CHAIN)
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)[None, :]
     cols_mask = cols < DIM
@@ -173,6 +173,7 @@ def _layer_norm_bwd_kernel(
         if HAS_DS:
             dx += tl.load(ds_ptr + (rows * (ds_row_units * UNIT))[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + (rows * DIM)[:, None] + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    let_next_begin(CHAIN)
     partial = program.to(tl.int64) * DIM + cols
     if WEIGHT_GRADIENT:
         tl.store(partials_ptr + partial, tl.sum(dweight, axis=0)[None, :], mask=cols_mask)
@@ -221,7 +222,7 @@ def _layer_norm_wide_bwd_kernel(
     AHEAD: tl.constexpr,
     CHAIN: tl.constexpr,
 ):
-    chained(CHAIN)
+    wait_for_previous(CHAIN)
     # The two sums of 16384 columns are half of all registers, so a row cannot stay there. It is read twice, part by part: for
     # its means, then for its gradient, and the second time it is in the L1 cache still. One row at a time for that reason.
     # The first AHEAD parts of a row are loaded while the row before it is reduced and finished: memory would be idle there.
@@ -295,6 +296,7 @@ def _layer_norm_wide_bwd_kernel(
             tl.store(dx_ptr + wide_row * DIM + part * BLOCK + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         dweights = new_dweights
         dbiases = new_dbiases
+    let_next_begin(CHAIN)
     for part in tl.static_range(PARTS):
         mask = part * BLOCK + cols < DIM
         partial = program.to(tl.int64) * DIM + part * BLOCK + cols

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oslo_fusion.triton.launch import Kernel, chain, chained
+from oslo_fusion.triton.launch import Kernel, chain, let_next_begin, wait_for_previous
 from oslo_fusion.triton.rows import PHASES, RowBlocks
 
 _BORDER = 16  # bytes
@@ -67,7 +67,7 @@ def _ragged_norm_fwd_kernel(
     AHEAD: tl.constexpr,
     CHAIN: tl.constexpr,
 ):
-    chained(CHAIN)
+    wait_for_previous(CHAIN)
     first, step = tl.program_id(0), tl.num_programs(0)
     head, middle, edge, edge_mask = _cut(first, DIM)
     cols = tl.arange(0, BLOCK)
@@ -149,7 +149,7 @@ def _ragged_norm_bwd_kernel(
     STAGES: tl.constexpr,
     CHAIN: tl.constexpr,
 ):
-    chained(CHAIN)
+    wait_for_previous(CHAIN)
     first, step = tl.program_id(0), tl.num_programs(0)
     head, middle, edge, edge_mask = _cut(first, DIM)
     cols = tl.arange(0, BLOCK)
@@ -220,6 +220,7 @@ def _ragged_norm_bwd_kernel(
             edge_dx += edge_ds.to(tl.float32)
         tl.store(dx_ptr + border + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         tl.store(dx_ptr + start + edge, edge_dx.to(dx_ptr.dtype.element_ty), mask=edge_mask)
+    let_next_begin(CHAIN)
     partial = first.to(tl.int64) * DIM
     if WEIGHT_GRADIENT:
         tl.store(partials_ptr + partial + head + cols, dweight, mask=mask)

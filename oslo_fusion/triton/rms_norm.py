@@ -28,7 +28,7 @@ from oslo_fusion.ops.rms_norm import (
     rms_norm_reference,
 )
 from oslo_fusion.triton import ragged_rows
-from oslo_fusion.triton.launch import Kernel, chain, chained
+from oslo_fusion.triton.launch import Kernel, chain, chained, let_next_begin, wait_for_previous
 from oslo_fusion.triton.rows import (
     RAGGED_BACKWARD,
     RAGGED_FORWARD,
@@ -121,7 +121,7 @@ def _rms_norm_bwd_kernel(
     RELOAD: tl.constexpr,
     CHAIN: tl.constexpr,
 ):
-    chained(CHAIN)
+    wait_for_previous(CHAIN)
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)[None, :]
     cols_mask = cols < DIM
@@ -160,6 +160,7 @@ def _rms_norm_bwd_kernel(
         if HAS_DS:
             dx += tl.load(ds_ptr + (rows * (ds_row_units * UNIT))[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + (rows * DIM)[:, None] + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    let_next_begin(CHAIN)
     if WEIGHT_GRADIENT:
         sums = tl.sum(dweight, axis=0)[None, :]
         tl.store(partials_ptr + program.to(tl.int64) * DIM + cols, sums, mask=cols_mask)

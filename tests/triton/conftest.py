@@ -99,7 +99,8 @@ def _compile(
     Args:
         kernel: the ``@triton.jit`` function.
         signature: type of every argument that is no constexpr, such as ``{"x_ptr": "*bf16", "eps": "fp32"}``.
-        constexprs: value of every constexpr argument; an argument that is None at run time belongs here too.
+        constexprs: value of every constexpr argument; an argument that is None at run time belongs here too. Without ``CHAIN``
+            it is launched early where it can be, and must wait before it reads or writes.
         num_warps, num_stages: as at the launch.
         aligned: arguments divisible by 16, as triton would notice at a launch; all pointers unless given.
         targets: names out of ``SHARED_MEMORY``.
@@ -113,19 +114,26 @@ def _compile(
     if INTERPRETED:
         pytest.skip("an interpreted kernel cannot be compiled")
     names = list(kernel.arg_names)
-    constexprs = {"CHAIN": 0, **constexprs} if "CHAIN" in names else constexprs
-    types = {name: "constexpr" if name in constexprs else signature[name] for name in names}
+    chained = "CHAIN" in names and "CHAIN" not in constexprs
+    types = {name: "constexpr" if name in constexprs or (chained and name == "CHAIN") else signature[name] for name in names}
     aligned = [name for name in names if types[name].startswith("*")] if aligned is None else aligned
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     results = {}
     for name in targets:
         gpu = GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
-        source = ASTSource(fn=kernel, signature=types, constexprs=dict(constexprs), attrs=attributes)
+        chain = 2 if name in ("sm_90", "sm_100") else 0
+        values = {**constexprs, "CHAIN": chain} if chained else dict(constexprs)
+        source = ASTSource(fn=kernel, signature=types, constexprs=values, attrs=attributes)
         options = {"num_warps": num_warps, "num_stages": num_stages}
         if registers is not None and gpu.backend == "cuda":
             options["maxnreg"] = registers
         built = triton.compile(source, target=gpu, options=options)
         assembly = built.asm["ptx" if gpu.backend == "cuda" else "amdgcn"]
+        if chained and chain:
+            before, waits, _ = assembly.partition("griddepcontrol.wait")
+            assert waits and "ld.global" not in before and "st.global" not in before, (  # noqa: PT018
+                f"{kernel.__name__} for {name}: reads or writes before it has waited for the kernel before"
+            )
         used, spilled = _cubin_resources(built.asm["cubin"]) if gpu.backend == "cuda" else _amd_resources(assembly)
         shared = built.metadata.shared
         assert shared <= SHARED_MEMORY[name], (
