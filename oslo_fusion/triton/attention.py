@@ -160,10 +160,11 @@ def backward_blocks(
         small = AttentionBlocks(32, 32, 4, 1)
         return BackwardBlocks(small, small, small)
     if width <= 64:
-        # One H200, the whole backward. With dropout dk and dv want three tiles under way: BERT 0.507 ms, two 0.582; without
-        # dropout two: T5 0.344, with three 0.357, plain 0.248 and 0.258. 168 registers are three programs instead of two (T5
-        # 0.346, without the limit 0.365), 128 of dq four instead of three (T5 0.346 and 0.362, with dropout 0.441 and 0.483,
-        # BERT 0.577 and 0.583), the table's 168 T5 0.346 and 0.359. Up to 130 bytes of dk, dv and 64 of dq spill for it.
+        # One H200, the whole backward. With dropout dk and dv want three tiles under way: BERT 0.507 ms, two 0.582. Without,
+        # two or three are alike (T5 0.336 and 0.337), but dq and the table want two (three 0.350 and 0.351): the list of
+        # distances lives in what is left of L1. 168 registers are three programs of dk, dv instead of two (T5 0.336, without
+        # the limit 0.354), 128 of dq four instead of three (T5 0.336 and 0.352, with dropout 0.441 and 0.483, BERT 0.577 and
+        # 0.583). Up to 130 bytes of dk, dv and 64 of dq spill for it.
         if major == 9 and shared >= 200_000 and bare:
             limited = AttentionBlocks(64, 64, 4, 2, 168)
             return BackwardBlocks(limited, AttentionBlocks(64, 64, 4, 2, 128), limited)
