@@ -39,9 +39,10 @@ def test_forward_tiles_are_those_of_the_sweep() -> None:
         (1, 8),
         (1, 8),
     ]
-    assert [(b.rows, b.warps) for b in (forward_blocks(dim, 4, False) for dim in (768, 4096, 8192, 16384))] == [
-        (2, 4),
-        (1, 8),
+    assert [(b.rows, b.warps) for b in (forward_blocks(dim, 4, False) for dim in (768, 2048, 4096, 8192, 16384))] == [
+        (4, 4),
+        (1, 4),
+        (1, 16),
         (1, 16),
         (1, 8),
     ]
