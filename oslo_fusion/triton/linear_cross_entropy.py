@@ -41,7 +41,7 @@ _PADDING = 64  # numbers; 128 bytes in half precision, a line of the cache
 _ALIGNMENT = 8  # numbers; 16 bytes in half precision, what the tensor cores' loads and stores want
 _ROW_GROUP = 128  # rows of a matmul's tile: a chunk of another size leaves part of its last tiles idle
 _LEAST_CHUNK = 256 << 20
-_MAX_WARPS = 16
+_MAX_WARPS = 16 if torch.version.hip else 32  # 1024 threads, the most that a block has
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,20 @@ def chunk_rows(rows: int, dim: int, vocab: int, itemsize: int, wide: bool) -> in
 
 
 @functools.lru_cache(maxsize=256)
-def loss_blocks(vocab: int) -> LossBlocks:
+def loss_blocks(vocab: int, most_warps: int = _MAX_WARPS) -> LossBlocks:
     """How the kernel is cut: a program takes a row.
 
     From a sweep on one H200, 2048 rows: 50257 words 0.125 ms in blocks of 4096 with 16 warps, 0.157 with 32 warps and blocks of
     8192; 128256 words, which do not wait in L2 for their second read, 0.414 and 0.357. Programs that walk over rows, four on a
     multiprocessor, 0.137 and 0.409.
+
+    Args:
+        vocab: words.
+        most_warps: that a program may have.
     """
     columns, warps = (8192, 32) if vocab > 65536 else (4096, 16)
     columns = min(columns, 1 << max(7, (vocab - 1).bit_length()))
-    return LossBlocks(columns, max(4, min(warps, columns // 256)))
+    return LossBlocks(columns, max(4, min(warps, most_warps, columns // 256)))
 
 
 @triton.jit
@@ -151,7 +155,7 @@ def _block(
 
 @triton.jit
 def _powers(z, top):
-    """``exp(z - top)``: one multiply-add each, and a rounding of ``top``'s product that all of them have in common."""
+    """``exp(z - top)``, one multiply-add each. ``top``'s product is rounded alike in all and in their sum: no share has it."""
     return tl.exp2(z * 1.4426950408889634 - top * 1.4426950408889634)
 
 

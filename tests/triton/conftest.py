@@ -29,6 +29,7 @@ if importlib.util.find_spec("triton") is None:
 
 # Shared memory that one block may use, in bytes.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536, "gfx950": 163_840}
+MOST_THREADS = 1024  # of a block, on every target
 
 
 @dataclass(frozen=True)
@@ -124,15 +125,20 @@ def _compile(
         chain = 2 if name in ("sm_90", "sm_100") else 0
         values = {**constexprs, "CHAIN": chain} if chained else dict(constexprs)
         source = ASTSource(fn=kernel, signature=types, constexprs=values, attrs=attributes)
+        assert num_warps * gpu.warp_size <= MOST_THREADS, f"{kernel.__name__} for {name}: {num_warps} warps are no block"
         options = {"num_warps": num_warps, "num_stages": num_stages}
         if registers is not None and gpu.backend == "cuda":
             options["maxnreg"] = registers
         built = triton.compile(source, target=gpu, options=options)
         assembly = built.asm["ptx" if gpu.backend == "cuda" else "amdgcn"]
         if chained and chain:
-            before, waits, _ = assembly.partition("griddepcontrol.wait")
+            before, waits, rest = assembly.partition("griddepcontrol.wait")
             assert waits and "ld.global" not in before and "st.global" not in before, (  # noqa: PT018
                 f"{kernel.__name__} for {name}: reads or writes before it has waited for the kernel before"
+            )
+            walk, says, _ = rest.partition("griddepcontrol.launch_dependents")
+            assert "_bwd_" not in kernel.__name__ or (says and "st.global" in walk), (
+                f"{kernel.__name__} for {name}: the next kernel's programs would wait beside its whole walk"
             )
         used, spilled = _cubin_resources(built.asm["cubin"]) if gpu.backend == "cuda" else _amd_resources(assembly)
         shared = built.metadata.shared

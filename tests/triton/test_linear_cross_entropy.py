@@ -263,7 +263,7 @@ def test_chunks_of_the_goal() -> None:
     assert chunk_rows(16384, 2048, 128256, 2, True) == 2048
     assert chunk_rows(16384, 2048, 128256, 2, False) == 512
     assert chunk_rows(0, 2048, 128256, 2, True) == 1
-    assert loss_blocks(128256) == LossBlocks(8192, 32)
+    assert [loss_blocks(128256, most) for most in (32, 16)] == [LossBlocks(8192, 32), LossBlocks(8192, 16)]
     assert loss_blocks(50257) == LossBlocks(4096, 16)
     assert loss_blocks(512) == LossBlocks(512, 4)
     assert [padded_width(n) for n in (1, 64, 50257)] == [64, 64, 50304]
@@ -276,22 +276,25 @@ def test_chunks_of_the_goal() -> None:
 def test_kernels_compile_for_every_target(
     vocab: int, dtype: str, special: bool, compile_for_all_targets: Callable[..., Any]
 ) -> None:
-    blocks = loss_blocks(vocab)
     signature = {"logits_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", "labels_ptr": "*i64", "losses_ptr": "*fp32"}
     signature |= {"ignore_index": "i32"}
-    shape = {"VOCAB": vocab, "WIDTH": padded_width(vocab), "BLOCK": blocks.columns, "GRADIENT": True, "HAS_BIAS": special}
-    shape["REST"] = rest_columns(vocab, blocks.columns)
+    shape = {"VOCAB": vocab, "WIDTH": padded_width(vocab), "GRADIENT": True, "HAS_BIAS": special}
     options = {"SMOOTHING": 0.1 if special else 0.0, "CAP": 30.0 if special else 0.0, "SCALE": 0.5 if special else 1.0}
     absent = {} if special else {"bias_ptr": None}
-    # With all options a few scalars wait in memory while a row is read.
-    built = compile_for_all_targets(
-        kernels._loss_kernel,
-        signature,
-        {**shape, **options, **absent},
-        num_warps=blocks.warps,
-        num_stages=3,
-        spill_allowed=64 if special else 32,
-    )
+    built = {}
+    for most_warps, targets in ((16, ("gfx942", "gfx950")), (32, ("sm_80", "sm_90", "sm_100"))):
+        blocks = loss_blocks(vocab, most_warps)
+        cut = {"BLOCK": blocks.columns, "REST": rest_columns(vocab, blocks.columns)}
+        # With all options a few scalars wait in memory while a row is read.
+        built |= compile_for_all_targets(
+            kernels._loss_kernel,
+            signature,
+            {**shape, **cut, **options, **absent},
+            num_warps=blocks.warps,
+            num_stages=3,
+            targets=targets,
+            spill_allowed=64 if special else 32,
+        )
     reads = re.findall(r"ld\.global\S*\.v4\.b32", built["sm_90"].assembly)
     itemsize = 2 if dtype == "bf16" else 4
     assert len(reads) >= 2 * blocks.columns * itemsize // (16 * 32 * blocks.warps), "a row is not read 16 bytes at a time"
