@@ -1436,7 +1436,7 @@ def _sums_by_bucket(
     tile_ptr, buckets_ptr, offset, reach, COUNT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr
 ):
     """A tile's sums by bucket. A column of what is read here is a distance, so each row is read from another place on."""
-    ROWS: tl.constexpr = 16 if QUERIES >= 16 else QUERIES
+    ROWS: tl.constexpr = 16  # a tile has that many queries, or a multiple
     names, cols = tl.arange(0, COUNT), tl.arange(0, SPAN)
     diagonals = tl.zeros((ROWS, SPAN), dtype=tl.float32)
     for first in range(0, QUERIES, ROWS):

@@ -186,8 +186,8 @@ def _pack_tokens_kernel(
                 tl.store(offsets_ptr + rows + 1 + pieces, ends.to(tl.int32), mask=pieces < sequences - rows)
 
 
-_count = Kernel(_count_tokens_kernel)
-_pack = Kernel(_pack_tokens_kernel)
+_COUNT = Kernel(_count_tokens_kernel)
+_PACK = Kernel(_pack_tokens_kernel)
 
 
 def launch_count_tokens(mask: Tensor, labels: Tensor | None, shifted: bool) -> Tensor:
@@ -198,7 +198,7 @@ def launch_count_tokens(mask: Tensor, labels: Tensor | None, shifted: bool) -> T
     numbers = torch.empty((4, rows), dtype=torch.int64, device=mask.device)
     constants = (labels is not None, shifted, meaning.IGNORED, BLOCK)
     with on_device(mask):
-        _count((rows,), (numbers, mask, labels), (rows, columns), constants, _WARPS)
+        _COUNT((rows,), (numbers, mask, labels), (rows, columns), constants, _WARPS)
     return numbers
 
 
@@ -224,7 +224,7 @@ def launch_pack_tokens(numbers: Tensor, mask: Tensor, tokens: Tokens, form: Form
     pointers = (packed, offsets, numbers, mask, ids, types, labels, positions)
     sizes = (rows, columns, row_stride, stride, pad, sequences, form.lengths)
     with on_device(mask):
-        _pack((rows, -(-columns // BLOCK)), pointers, sizes, constants, _WARPS)
+        _PACK((rows, -(-columns // BLOCK)), pointers, sizes, constants, _WARPS)
     source, *views = packed[:, :size].unbind(0)
     found = (view if there else None for view, there in zip(views, (*has, rule != 0), strict=True))
     return Packed(source, offsets, Tokens(*found))
