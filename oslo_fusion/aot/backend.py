@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from oslo_fusion.aot.cudnn_workspaces import spare_cudnn_workspaces
 from oslo_fusion.aot.error_functions import shorten_error_functions
 from oslo_fusion.aot.feed_forwards import fuse_feed_forwards
 from oslo_fusion.aot.gated_mlps import CUT_AT, Parts, cut_gated_mlps
@@ -76,7 +77,8 @@ class Backend:
     Args:
         activation_memory_budget: 1 keeps what min-cut finds fastest, 0 recomputes everything in the backward but what is
             random, as checkpointing the whole graph would; between them the dearest to recompute is kept, up to this share of
-            memory. Up to a quarter, gated MLPs have their backward in parts, unless there are replacements, of which one may
+            memory. Up to a quarter, our kernel computes the backward of cuDNN's attention where key-value heads are shared,
+            without a workspace; and gated MLPs have their backward in parts, unless there are replacements, of which one may
             be part of them. At every budget, and under the same condition, GELU's gradient and that of the bias before it
             are one kernel. Our attention writes gradients side by side where they would be concatenated.
         passes: called in order with each graph of ATen and ``oslo_fusion::`` operators, forward and backward apart, just
@@ -127,7 +129,9 @@ class Backend:
             # dropout on one core: 46 → 36 ms, uncompiled 41), and drops what the uncompiled model would.
             patches["fallback_random"] = True
         start = time.perf_counter()
-        parts = cut_gated_mlps(graph) if self.activation_memory_budget <= CUT_AT and not self._replaces else Parts()
+        spares = self.activation_memory_budget <= CUT_AT
+        parts = cut_gated_mlps(graph) if spares and not self._replaces else Parts()
+        workspaces = spare_cudnn_workspaces(graph) if spares else 0
         fused = 0 if self._replaces else fuse_feed_forwards(graph)
         # At exactly 0 the partitioner forgets what must be kept; the smallest budget above it gives the same otherwise.
         budget = max(self.activation_memory_budget, 1e-9)
@@ -135,7 +139,7 @@ class Backend:
         with functorch_config.patch(**partition, activation_memory_budget=budget):
             compiled: Any = compile_fx(graph, example_inputs, config_patches=patches or None, **inner)
         done = written(time.perf_counter() - start)
-        self.record.graphs.append(replace(done, parts=parts.cut, whole=parts.whole, feed_forwards=fused))
+        self.record.graphs.append(replace(done, parts=parts.cut, whole=parts.whole, workspaces=workspaces, feed_forwards=fused))
         return compiled  # type: ignore[no-any-return]
 
 

@@ -45,6 +45,7 @@ class Graph:
         ended_by: the break at the graph's end, None where it ends with its function.
         parts: gated MLPs in it whose backward runs in parts.
         whole: why it does not for others, each reason once.
+        workspaces: attentions by cuDNN whose backward is ours, without a workspace.
         feed_forwards: of those in it, how many have GELU's gradient and the one of the bias before it in one kernel.
     """
 
@@ -56,6 +57,7 @@ class Graph:
     ended_by: Break | None = None
     parts: int = 0
     whole: tuple[str, ...] = ()
+    workspaces: int = 0
     feed_forwards: int = 0
 
 
@@ -97,8 +99,8 @@ class Record:
         return tuple(graph for graph in self.graphs if graph.version == VERSIONS - 1)
 
     def rows(self) -> tuple[Proposal, ...]:
-        """A row per function with gated MLPs, where the dial is low, and with feed-forward networks; per break, which runs as
-        plain Python between two graphs; and per function with too many versions.
+        """A row per function with gated MLPs and with cuDNN's attention, where the dial is low, and with feed-forward networks;
+        per break, which runs as plain Python between two graphs; and per function with too many versions.
         """
         rows = []
         for program in dict.fromkeys(graph.program for graph in self.graphs):
@@ -109,6 +111,9 @@ class Record:
                 rows.append(Proposal(site, ROOM, before, "backward in parts", "fused", reason))
             for reason in dict.fromkeys(reason for graph in graphs for reason in graph.whole):
                 rows.append(Proposal(site, ROOM, before, before, "refused", reason))
+            if any(graph.workspaces for graph in graphs):
+                site, reason = Site(program, "attention", "-"), "at this budget: as fast, and without cuDNN's workspace"
+                rows.append(Proposal(site, ROOM, "cuDNN", "cuDNN's forward, our backward", "fused", reason))
             if any(graph.feed_forwards for graph in graphs):
                 site, two = Site(program, "feed-forward", "-"), "GELU's gradient, then the sum for the bias"
                 reason = "what GELU's gradient kernel writes is added up on its way, not read again"

@@ -622,16 +622,21 @@ ATTENTION_BACKWARD_JOINED = torch.ops.oslo_fusion.attention_backward_joined.defa
 _TENSORS = len(Extras._fields)
 
 
+def no_second_derivative(name: str) -> None:
+    """Raise RuntimeError in a gradient that is to be differentiated itself."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: has no second derivative. Remedy: create_graph=False, or attention of plain torch, such as transformers' "
+            "attn_implementation='eager'."
+        )
+
+
 def _gradients(ctx: Any, dout: Tensor | None, backward: Any) -> tuple[Tensor | None, ...]:
     """Gradients of ``q``, ``k``, ``v`` and the table; None for the other arguments."""
     nothing = (None,) * (_TENSORS - 1 + len(Options._fields))
     if dout is None:
         return None, None, None, None, *nothing
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{NAME}: has no second derivative. Remedy: create_graph=False, or attention of plain torch, such as transformers' "
-            "attn_implementation='eager'."
-        )
+    no_second_derivative(NAME)
     q, k, v, out, logsumexp, rest, kept, *extras = ctx.saved_tensors
     wanted = ctx.needs_input_grad[3]
     dq, dk, dv, dtable = backward(dout, q, k, v, out, logsumexp, rest, kept, *extras, *ctx.options, wanted)
