@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from oslo_fusion.ops.glu import _check, glu_backward_reference, glu_reference, halves, register_kernels
-from oslo_fusion.triton.launch import Kernel
+from oslo_fusion.triton.launch import Kernel, chain, chained
 from oslo_fusion.triton.rows import as_rows, device_facts, on_device, stride_unit
 
 _FEWEST_COLUMNS = 256  # of a tile of rows: 512 bytes in half precision, which memory serves in whole bursts
@@ -161,7 +161,9 @@ def _glu_fwd_kernel(
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
+    chained(CHAIN)
     rows, cols, mask = _tile(count_units, DIM, UNIT, ROWS, BLOCK)
     gate = tl.load(gate_ptr + (rows * gate_row_units * UNIT + cols), mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + (rows * up_row_units * UNIT + cols), mask=mask, other=0.0).to(tl.float32)
@@ -187,7 +189,9 @@ def _glu_bwd_kernel(
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
+    chained(CHAIN)
     rows, cols, mask = _tile(count_units, DIM, UNIT, ROWS, BLOCK)
     dh = tl.load(dh_ptr + (rows * dh_row_units * UNIT + cols), mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + (rows * gate_row_units * UNIT + cols), mask=mask, other=0.0).to(tl.float32)
@@ -213,8 +217,10 @@ def _glu_bwd_in_place_kernel(
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
     """Each number is read and written by one thread, which reads first: dh becomes h, gate dgate, up dup."""
+    chained(CHAIN)
     rows, cols, mask = _tile(count_units, DIM, UNIT, ROWS, BLOCK)
     dh_at, gate_at = dh_ptr + (rows * dh_row_units * UNIT + cols), gate_ptr + (rows * gate_row_units * UNIT + cols)
     up_at = up_ptr + (rows * up_row_units * UNIT + cols)
@@ -305,7 +311,7 @@ def _launch(
             (programs,),
             (*reads, *writes),
             (*(stride // unit for stride in strides), count),
-            (activation, half, dim, unit, blocks.rows, blocks.columns),
+            (activation, half, dim, unit, blocks.rows, blocks.columns, chain(reads[0])),
             blocks.warps,
         )
 

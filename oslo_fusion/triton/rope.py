@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from oslo_fusion.ops.rope import Like, _check, dense_strides, memory_order, register_kernel, rope_reference
-from oslo_fusion.triton.launch import Kernel
+from oslo_fusion.triton.launch import Kernel, chain, chained
 from oslo_fusion.triton.rows import device_facts, on_device, stride_unit
 
 _MAX_TOKENS = 1 << 30  # a token's number is a 32-bit integer in the kernel: dividing a 64-bit one costs some 70 instructions
@@ -232,7 +232,9 @@ def _rope_kernel(
     K_TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     REST_BLOCK: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
+    chained(CHAIN)
     b, s, h, q_mask = _rows(seq, tokens, HEADS, Q_TILE, TOKENS)
     q_ptrs = q_ptr + ((b * q_batch_units + s * q_seq_units + h * q_head_units) * UNIT)[:, None]
     q_out_ptrs = q_out_ptr + ((b * q_out_batch_units + s * q_out_seq_units + h * q_out_head_units) * UNIT)[:, None]
@@ -349,6 +351,7 @@ def launch_rope(
                 blocks.k_heads,
                 _power_of_two(rot_dim // 2),
                 _power_of_two(dim - rot_dim),
+                chain(q),
             ),
             blocks.warps,
         )
