@@ -261,7 +261,7 @@ def candidates(job: Sweep, processors: int, shared: int) -> tuple[Any, dict[str,
     elif ragged:
         chosen = tiles.ragged_backward_blocks(job.width, size, 2, vectors, processors, shared)
     else:
-        chosen = tiles.backward_blocks(job.width, size, size, job.rows, 2, processors, shared)
+        chosen = tiles.backward_blocks(job.width, size, size, job.rows, 2, vectors, processors, shared)
     return chosen, {"chosen": chosen, **(_others(job, chosen, processors) if job.behind else {})}
 
 
