@@ -25,8 +25,8 @@ from oslo_fusion.triton.rows import column_sums, device_facts, on_device
 
 _COLUMNS = 256  # of a tile: 512 bytes in half precision, which memory serves in whole bursts
 _WARPS = 4
-# Programs of a multiprocessor, which registers allow: 48 to 56 a thread on sm_90, where nine or ten would fit too. So they are not
-# launched early, see :func:`oslo_fusion.triton.launch.chain`.
+# Programs of a multiprocessor, which registers allow: 48 to 56 a thread on sm_90, where nine or ten would fit too. So they are
+# not launched early, see :func:`oslo_fusion.triton.launch.chain`.
 _RESIDENT = 8
 
 

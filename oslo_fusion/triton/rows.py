@@ -138,9 +138,12 @@ def backward_blocks(
     # Narrow rows keep the number that the sweep chose: their partial sums are small.
     programs = min(programs, tiles) if columns <= 1024 else even_programs(tiles, programs)
     # Where registers and shared memory have room for more programs than that (sm_90, Triton 3.6): float32 up to 4096 columns, 3
-    # of rms norm and 2 of layer norm for 1 that is wanted, 10 and 8 for 4 at 1024; 16-bit numbers with one sum, 3 for 2, but
-    # not between 513 and 1023 columns, whose masks take registers too.
-    early = columns >= REGISTER_COLUMNS if wide else sums > 1 or columns > 1024 or 512 < dim < 1024
+    # of rms norm and 2 of layer norm for 1 that is wanted, 10 and 8 for 4 at 1024, and with one sum 2 for 1 at 5120 and 6144;
+    # 16-bit numbers with one sum, 3 for 2, but not between 513 and 1023 columns, whose masks take registers too.
+    if wide:
+        early = dim >= REGISTER_COLUMNS or (sums > 1 and columns == REGISTER_COLUMNS)
+    else:
+        early = sums > 1 or columns > 1024 or 512 < dim < 1024
     return RowBlocks(rows, columns, warps, programs, stages, reload, early=early)
 
 

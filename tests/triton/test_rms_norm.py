@@ -189,7 +189,7 @@ def test_kernels_compile_for_every_target(
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("dim", [256, 768, 1024, 2048, 4096, 8192, 16384])
+@pytest.mark.parametrize("dim", [256, 768, 1024, 2048, 4096, 5120, 8192, 16384])
 def test_a_walk_that_is_launched_early_fills_a_multiprocessor(
     dim: int, dtype: str, compile_for_all_targets: Callable[..., Any]
 ) -> None:
