@@ -217,7 +217,7 @@ def sweep(rows: int, width: int, dtype: torch.dtype, device: torch.device, roof:
     facts = device_facts(stats)
     for mode in ("training forward", "backward"):
         if mode == "backward":
-            chosen = kernels.add_norm_backward_blocks(width, dtype.itemsize, rows, *facts)
+            chosen = kernels.add_norm_backward_blocks(width, dtype.itemsize, rows, True, *facts)
         else:
             chosen = kernels.add_norm_forward_blocks(width, dtype.itemsize, rows <= 2 * facts[0])
         calls: dict[str, Callable[[int], object]] = {}

@@ -211,15 +211,12 @@ class Sweep:
 
 _HALF, _FULL = torch.bfloat16, torch.float32
 SWEEPS = [
-    *(Sweep(op, "forward", 4096, 768, _FULL, behind=True) for op in ("rms_norm", "layer_norm")),
-    Sweep("rms_norm", "forward", 4096, 1024, _FULL, behind=True),
-    Sweep("rms_norm", "forward", 4096, 8192, _HALF, behind=True),
-    Sweep("layer_norm", "forward", 4096, 4096, _FULL, behind=True),
-    *(Sweep("layer_norm", "forward", rows, 16384, _HALF, behind=True) for rows in (4096, 32768)),
-    Sweep("layer_norm", "forward", 32768, 768, _HALF, behind=True),
-    Sweep("layer_norm", "backward", 4096, 8192, _HALF, behind=True),
-    Sweep("layer_norm", "backward", 4096, 16384, _HALF, behind=True),
-    *(Sweep("layer_norm", kind, 4096, 4097, _FULL, behind=True) for kind in ("forward", "backward")),
+    *(Sweep("rms_norm", "backward", 32768, width, _FULL, behind=True) for width in (4096, 2048, 1024)),
+    Sweep("rms_norm", "backward", 4096, 4096, _FULL, behind=True),
+    *(Sweep("layer_norm", "backward", 32768, width, _FULL, behind=True) for width in (768, 4096)),
+    *(Sweep("layer_norm", "backward", rows, 16384, _FULL, behind=True) for rows in (4096, 32768)),
+    Sweep("layer_norm", "forward", 32768, 16384, _HALF, behind=True),
+    Sweep("layer_norm", "backward", 4096, 16384, _HALF, 77),
     Sweep("layer_norm", "backward", 32768, 16384, _HALF, 88),
     Sweep("layer_norm", "forward", 32768, 4097, _HALF, 92),
     Sweep("rms_norm", "forward", 16384, 8191, _HALF, 95),
@@ -261,27 +258,38 @@ def candidates(job: Sweep, processors: int, shared: int) -> tuple[Any, dict[str,
     elif ragged:
         chosen = tiles.ragged_backward_blocks(job.width, size, 2, vectors, processors, shared)
     else:
-        chosen = tiles.backward_blocks(job.width, size, size, job.rows, 2, processors, shared)
-    return chosen, {"chosen": chosen, **(_others(job, chosen, processors) if job.behind else {})}
+        chosen = tiles.backward_blocks(job.width, size, size, job.rows, 2, vectors, processors, shared)
+    return chosen, {"chosen": chosen, **(_others(job, chosen, processors, shared) if job.behind else {})}
 
 
-def _others(job: Sweep, chosen: Any, processors: int) -> dict[str, Any]:
-    """Tiles near the chosen one: half and twice as many rows, warps, programs; fewer and more of a row's bytes under way."""
-    halves = {
-        name: sorted({max(1, value // 2), value, value * 2}) for name, value in (("rows", chosen.rows), ("warps", chosen.warps))
-    }
+def _filling_stages(job: Sweep, tile: Any, share: int, shared: int) -> int:
+    """So many stages of a backward that its tiles leave shared memory for no more programs than its share."""
+    waiting = tile.rows * tile.columns * job.dtype.itemsize * (2 + tile.reload)
+    return next(stages for stages in itertools.count(2) if (share + 1) * (stages - 1) * waiting > shared)
+
+
+def _others(job: Sweep, chosen: Any, processors: int, shared: int) -> dict[str, Any]:
+    """Tiles near the chosen one: half and twice as many rows, warps, programs; fewer and more of a row's bytes under way.
+
+    A walk changes one of these at a time, and is launched early and in its turn.
+    """
     near = [
-        dataclasses.replace(chosen, rows=rows, warps=min(16, warps)) for rows in halves["rows"] for warps in halves["warps"]
+        dataclasses.replace(chosen, rows=max(1, round(chosen.rows * f)), warps=min(16, max(1, round(chosen.warps * g))))
+        for f, g in itertools.product((0.5, 1, 2), repeat=2)
+        if not chosen.programs or 1 in (f, g)
     ]
     if chosen.ragged or (job.kind == "backward" and job.width > 8192):
         near = [tile for tile in near if tile.rows == 1]  # these kernels take a row at a time
     if chosen.programs:
-        share = chosen.programs / processors
-        near = [dataclasses.replace(t, programs=max(1, round(f * share)) * processors) for t in near for f in (0.5, 1, 2)]
-        near += [dataclasses.replace(chosen, stages=stages) for stages in (1, 2, 3)]
+        share = -(-chosen.programs // processors)
+        near += [dataclasses.replace(chosen, programs=max(1, round(f * share)) * processors) for f in (0.5, 2)]
         near += [dataclasses.replace(chosen, ahead=ahead) for ahead in (0, 1, 2, 4)] if chosen.ragged or chosen.ahead else []
+        waits = not (job.op == "layer_norm" and job.width > 8192)  # else tiles are loaded when they are needed
+        stages = {chosen.stages, *((1, 2, 3, _filling_stages(job, chosen, share, shared)) if waits else ())}
+        near += [dataclasses.replace(chosen, stages=n, early=early) for n in sorted(stages) for early in (False, True)]
     names = {
-        tile: f"{tile.rows} rows, {tile.warps} warps, {tile.programs} programs, {tile.stages} stages, {tile.ahead} ahead"
+        tile: f"{tile.rows} rows, {tile.warps} warps, {tile.programs} programs, {tile.stages} stages, {tile.ahead} ahead, "
+        + ("early" if tile.early else "in turn")
         for tile in near
     }
     return {name: tile for tile, name in names.items() if tile != chosen}

@@ -63,13 +63,14 @@ def add_norm_forward_blocks(dim: int, itemsize: int, few: bool) -> RowBlocks:
 
 
 @functools.lru_cache(maxsize=4096)
-def add_norm_backward_blocks(dim: int, itemsize: int, num_rows: int, processors: int, shared: int) -> RowBlocks:
+def add_norm_backward_blocks(dim: int, itemsize: int, num_rows: int, dropout: bool, processors: int, shared: int) -> RowBlocks:
     """How the backward is cut: as that of a norm, with half the rows in a tile, for it keeps three sums and not two.
 
     Args:
         dim: numbers in a row, up to 8192.
         itemsize: bytes of a number that is read.
         num_rows: how many rows there are.
+        dropout: whether the mask is drawn again, which takes registers.
         processors: multiprocessors of the device.
         shared: bytes of shared memory that a multiprocessor has.
     """
@@ -88,7 +89,12 @@ def add_norm_backward_blocks(dim: int, itemsize: int, num_rows: int, processors:
     tile = rows * columns * itemsize * (2 + reload)
     # A tile less than there are stages waits in shared memory. A little of it is needed for reductions.
     stages = next((stages for stages in (3, 2) if (stages - 1) * tile * per_processor <= shared - 8192), 1)
-    return RowBlocks(rows, columns, warps, min(per_processor * processors, -(-num_rows // rows)), stages, reload)
+    programs = min(per_processor * processors, -(-num_rows // rows))
+    # As in :func:`oslo_fusion.triton.rows.backward_blocks`: more programs fit in float32 up to 2048 columns, 6 for 4 that are
+    # wanted at 768. In 16-bit numbers 4 for 3 at 1024 (with a mask 133 registers in Triton 3.6, 128 in 3.7), and without a mask
+    # 2 for 1 at 4096.
+    early = columns > 2048 if wide else dim != 1024 and (dropout or dim != 4096)
+    return RowBlocks(rows, columns, warps, programs, stages, reload, early=early)
 
 
 @triton.jit(do_not_specialize=["x_row_units", "residual_row_units", "num_rows", "eps", "scale", "threshold"])
@@ -357,7 +363,7 @@ def launch_dropout_add_layer_norm_backward(
     unit = stride_unit(dy_stride, s_stride)
     if blocks is None:
         itemsize = max(s.element_size(), dy.element_size())
-        blocks = add_norm_backward_blocks(dim, itemsize, num_rows, *device_facts(s))
+        blocks = add_norm_backward_blocks(dim, itemsize, num_rows, dropout > 0.0, *device_facts(s))
     partials = torch.empty((len(sums), blocks.programs, dim), dtype=torch.float32, device=s.device) if sums else None
     with on_device(s):
         _BACKWARD(
@@ -386,7 +392,7 @@ def launch_dropout_add_layer_norm_backward(
                 blocks.rows,
                 blocks.columns,
                 blocks.stages,
-                chain(s),
+                chain(s, blocks.early),
             ),
             blocks.warps,
         )

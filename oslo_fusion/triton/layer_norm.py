@@ -431,7 +431,7 @@ def launch_layer_norm_backward(
     together = bool(sums) and dim <= REGISTER_COLUMNS
     if blocks is None and together:
         loads, itemsize = 2 if ds is None else 3, s.element_size()
-        blocks = backward_blocks(dim, itemsize, itemsize, num_rows, loads, *device_facts(s))
+        blocks = backward_blocks(dim, itemsize, itemsize, num_rows, loads, len(sums), *device_facts(s))
     elif blocks is None and sums:
         blocks = wide_backward_blocks(s.element_size(), num_rows, device_facts(s)[0])
     elif blocks is None:
@@ -455,7 +455,7 @@ def launch_layer_norm_backward(
                     blocks.columns,
                     min(16 // s.element_size(), unit, blocks.columns // (32 * blocks.warps)),
                     blocks.ahead,
-                    chain(s),
+                    chain(s, blocks.early),
                 ),
                 blocks.warps,
             )
@@ -488,7 +488,7 @@ def launch_layer_norm_backward(
                 blocks.rows,
                 blocks.columns,
                 blocks.stages,
-                chain(s),
+                chain(s, blocks.early),
             ),
             blocks.warps,
         )

@@ -332,7 +332,7 @@ def launch_backward(
             bias_gradient,
             blocks.columns,
             blocks.stages,
-            chain(s),
+            chain(s, blocks.early),
         ),
         blocks.warps,
     )

@@ -268,7 +268,7 @@ def launch_rms_norm_backward(
     unit = stride_unit(dy_stride, ds_stride, s_stride)
     if blocks is None and weight is not None and weight_gradient:
         loads = 2 if ds is None else 3
-        blocks = backward_blocks(dim, s.element_size(), weight.element_size(), num_rows, loads, *device_facts(s))
+        blocks = backward_blocks(dim, s.element_size(), weight.element_size(), num_rows, loads, 1, *device_facts(s))
     elif blocks is None:
         blocks = no_weight_blocks(dim, s.element_size(), num_rows <= 2 * device_facts(s)[0])
     programs = blocks.programs or -(-num_rows // blocks.rows)
@@ -297,7 +297,7 @@ def launch_rms_norm_backward(
                 blocks.columns,
                 blocks.stages,
                 dim > REGISTER_COLUMNS,
-                chain(s),
+                chain(s, blocks.early),
             ),
             blocks.warps,
         )

@@ -46,6 +46,8 @@ class RowBlocks:
         ahead: how much of the next row is loaded into registers while a row is computed: its parts in a wide backward, its
             middle (1) in a forward over ragged rows.
         ragged: the row is cut at 16-byte borders (``ragged_rows.py``); then ``rows`` is 1 and ``columns`` holds the middle.
+        early: a walk may be launched before the kernel before it is over (:func:`oslo_fusion.triton.launch.chain`), because no
+            more programs fit on a multiprocessor than are meant for it.
     """
 
     rows: int
@@ -56,6 +58,7 @@ class RowBlocks:
     reload: bool = False
     ahead: int = 0
     ragged: bool = False
+    early: bool = True
 
 
 def _power_of_two(number: float) -> int:
@@ -100,7 +103,7 @@ def forward_blocks(dim: int, itemsize: int, few: bool) -> RowBlocks:
 
 @functools.lru_cache(maxsize=4096)
 def backward_blocks(
-    dim: int, itemsize: int, weight_itemsize: int, num_rows: int, loads: int, processors: int, shared: int
+    dim: int, itemsize: int, weight_itemsize: int, num_rows: int, loads: int, sums: int, processors: int, shared: int
 ) -> RowBlocks:
     """How a backward is cut that sums the gradient of the weight on its way.
 
@@ -112,6 +115,7 @@ def backward_blocks(
         weight_itemsize: bytes of a number of the weight.
         num_rows: how many rows there are.
         loads: how many tensors are read row by row.
+        sums: how many gradients are summed.
         processors: multiprocessors of the device.
         shared: bytes of shared memory that a multiprocessor has.
     """
@@ -133,7 +137,14 @@ def backward_blocks(
     tiles, programs = -(-num_rows // rows), per_processor * processors
     # Narrow rows keep the number that the sweep chose: their partial sums are small.
     programs = min(programs, tiles) if columns <= 1024 else even_programs(tiles, programs)
-    return RowBlocks(rows, columns, warps, programs, stages, reload)
+    # Where registers and shared memory have room for more programs than that (sm_90, Triton 3.6): float32 up to 4096 columns, 3
+    # of rms norm and 2 of layer norm for 1 that is wanted, 10 and 8 for 4 at 1024, and with one sum 2 for 1 at 5120 and 6144;
+    # 16-bit numbers with one sum, 3 for 2, but not between 513 and 1023 columns, whose masks take registers too.
+    if wide:
+        early = dim >= REGISTER_COLUMNS or (sums > 1 and columns == REGISTER_COLUMNS)
+    else:
+        early = sums > 1 or columns > 1024 or 512 < dim < 1024
+    return RowBlocks(rows, columns, warps, programs, stages, reload, early=early)
 
 
 def wide_backward_blocks(itemsize: int, num_rows: int, processors: int) -> RowBlocks:
@@ -144,10 +155,11 @@ def wide_backward_blocks(itemsize: int, num_rows: int, processors: int) -> RowBl
         finished.
     """
     # From a sweep on one H200 at 32768×16384: 873 µs against 1015 with nothing ahead in bfloat16, 1686 against 2020 with two
-    # parts ahead in float32.
-    return RowBlocks(
-        1, WIDE_PART, _MAX_WARPS, even_programs(num_rows, processors), reload=True, ahead=4 if itemsize == 2 else 0
-    )
+    # parts ahead in float32. Launched early the latter took 1752 µs, though only one program fits: its row, 128 KB, is read
+    # again from the L1 cache, and a guess is that this is small while shared memory is set aside for the kernel before.
+    half = itemsize == 2
+    programs = even_programs(num_rows, processors)
+    return RowBlocks(1, WIDE_PART, _MAX_WARPS, programs, reload=True, ahead=4 if half else 0, early=half)
 
 
 def is_ragged(dim: int, least: int, *itemsizes: int) -> bool:
@@ -210,7 +222,11 @@ def ragged_backward_blocks(dim: int, itemsize: int, loads: int, sums: int, proce
     waiting = columns * itemsize * loads * per_processor
     most = (3, 2) if itemsize == 2 or sums == 2 else ()
     stages = next((stages for stages in most if (stages - 1) * waiting <= shared - 8192), 1)
-    return RowBlocks(1, columns, warps, per_processor * processors, stages, ragged=True)
+    # More programs fit than these where a thread has fewer numbers than it could, and with one sum up to 2048 columns: 5 for 4
+    # that are wanted, in float32 with Triton 3.6 and in 16-bit numbers with 3.7 (sm_90).
+    full = columns == 32 * warps * numbers and per_processor * warps == resident
+    early = full and (sums == 2 or columns > 2048)
+    return RowBlocks(1, columns, warps, per_processor * processors, stages, ragged=True, early=early)
 
 
 def no_weight_blocks(dim: int, itemsize: int, few: bool) -> RowBlocks:

@@ -57,6 +57,14 @@ class Compiled:
         code = _read_cubin(self.cubin, "nvdisasm", "-c")
         return tuple(code.count(instruction) for instruction in instructions)
 
+    def resident(self, warps: int) -> int:
+        """How many programs of so many warps fit on a multiprocessor of compute capability 9.0 at once."""
+        assert self.target == "sm_90"
+        assert self.registers is not None
+        per_warp = -(-self.registers // 8) * 8 * 32  # of 16384 in each of four parts
+        per_program = self.shared + 1024  # of 228 KB
+        return min(4 * (16_384 // per_warp) // warps, 228 * 1024 // per_program, 64 // warps, 32)
+
 
 def _read_cubin(cubin: bytes, tool: str, option: str) -> str:
     import triton.backends.nvidia

@@ -165,7 +165,7 @@ def test_other_tiles_give_the_same_mask_and_sums(cut: tuple[int, int, int, int],
     expected, results = (kernels.launch_dropout_add_layer_norm(*inputs, b) for b in (None, blocks))
     for a, b in zip(results, expected, strict=True):
         torch.testing.assert_close(a, b)
-    blocks = replace(add_norm_backward_blocks(200, 4, 37, 4, 200_000), **tile, programs=programs, stages=stages)
+    blocks = replace(add_norm_backward_blocks(200, 4, 37, True, 4, 200_000), **tile, programs=programs, stages=stages)
     _, s, mean, rstd = expected
     given = (dy, None, s, vector, vector, vector, mean, rstd, rng, 0.3, x.dtype, x.dtype, True, True, True)
     for a, b in zip(*(kernels.launch_dropout_add_layer_norm_backward(*given, b) for b in (None, blocks)), strict=True):
@@ -217,17 +217,17 @@ def test_blocks_cover_a_row_and_fit(dim: int, itemsize: int) -> None:
         assert dim <= blocks.columns < max(17, 2 * dim)
         assert blocks.columns % 4 == 0, "a tile is drawn in quarters"
     for processors, shared in TARGETS.values():
-        blocks = add_norm_backward_blocks(dim, itemsize, 1 << 20, processors, shared)
+        blocks = add_norm_backward_blocks(dim, itemsize, 1 << 20, True, processors, shared)
         assert dim <= blocks.columns < max(17, 2 * dim)
         assert blocks.rows * blocks.columns <= 32 * blocks.warps * 16, "three sums of more numbers a thread would spill"
         resident = blocks.programs // processors
         assert (blocks.stages - 1) * blocks.rows * blocks.columns * itemsize * (2 + blocks.reload) * resident <= shared
         assert 1 <= resident <= 4
-        assert add_norm_backward_blocks(dim, itemsize, 3, processors, shared).programs <= 3
+        assert add_norm_backward_blocks(dim, itemsize, 3, True, processors, shared).programs <= 3
 
 
 def test_blocks_of_bert_are_those_that_were_chosen() -> None:
-    forward, backward = add_norm_forward_blocks(768, 2, False), add_norm_backward_blocks(768, 2, 32768, *TARGETS["sm_90"])
+    forward, backward = add_norm_forward_blocks(768, 2, False), add_norm_backward_blocks(768, 2, 32768, True, *TARGETS["sm_90"])
     assert (forward.rows, forward.columns, forward.warps) == (2, 1024, 2)
     assert (backward.rows, backward.columns, backward.warps, backward.programs, backward.stages) == (2, 1024, 4, 396, 3)
 
@@ -264,7 +264,7 @@ def test_kernels_compile_for_every_target(
     kernel = kernels._dropout_add_layer_norm_bwd_kernel
     absent |= {} if dropout else {"dx_ptr": None}
     for target, facts in TARGETS.items():
-        blocks = add_norm_backward_blocks(dim, itemsize, 32768, *facts)
+        blocks = add_norm_backward_blocks(dim, itemsize, 32768, dropout, *facts)
         tile = {"ROWS": blocks.rows, "BLOCK": blocks.columns, "STAGES": blocks.stages, "RELOAD": blocks.reload}
         sums = {"LINEAR_BIAS_GRADIENT": True, "WEIGHT_GRADIENT": True, "BIAS_GRADIENT": True}
         values = {**shape, **tile, **sums, **absent}
@@ -276,6 +276,29 @@ def test_kernels_compile_for_every_target(
             targets=(target,),
             spill_allowed=allowed,
         )
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dim", [768, 1024, 2048, 4096, 8192])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_walk_that_is_launched_early_fills_a_multiprocessor(
+    dim: int, dtype: str, dropout: bool, compile_for_all_targets: Callable[..., Any]
+) -> None:
+    processors, shared = TARGETS["sm_90"]
+    blocks = add_norm_backward_blocks(dim, 2 if dtype == "bf16" else 4, 1 << 20, dropout, processors, shared)
+    assert blocks.early == (dim > 2048 if dtype == "fp32" else dim != 1024 and (dropout or dim != 4096))
+    if not blocks.early:
+        return
+    kernel = kernels._dropout_add_layer_norm_bwd_kernel
+    values = {
+        **{"DIM": dim, "UNIT": 16, "HAS_WEIGHT": True, "DROPOUT": dropout, "RELOAD": blocks.reload},
+        **{"LINEAR_BIAS_GRADIENT": True, "WEIGHT_GRADIENT": True, "BIAS_GRADIENT": True},
+        **{"ROWS": blocks.rows, "BLOCK": blocks.columns, "STAGES": blocks.stages},
+        **({} if dropout else {"rng_ptr": None, "dx_ptr": None}),
+    }
+    arguments = {"num_warps": blocks.warps, "targets": ("sm_90",), "spill_allowed": 48 if dim == 8192 else 0}
+    built = compile_for_all_targets(kernel, signature(kernel, dtype), values, **arguments)["sm_90"]
+    assert built.resident(blocks.warps) * processors <= blocks.programs
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 
 import oslo_fusion.triton  # noqa: E402
 from oslo_fusion.ops.rms_norm import rms_norm, rms_norm_reference  # noqa: E402
-from oslo_fusion.triton import glu, layer_norm, rope, rows  # noqa: E402
+from oslo_fusion.triton import feed_forward, glu, launch, layer_norm, ragged_rows, rope, rows  # noqa: E402
 from oslo_fusion.triton import rms_norm as kernels  # noqa: E402
 from oslo_fusion.triton.launch import Kernel  # noqa: E402
 
@@ -54,6 +54,36 @@ def test_every_kernel_takes_pointers_then_numbers_then_constants() -> None:
 def test_every_kernel_begins_early_or_is_listed() -> None:
     late = {kernel.jitted.__name__ for kernel in every_kernel() if "CHAIN" not in kernel.jitted.arg_names}
     assert late == set(NOT_EARLY)
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "expected"), [(96, torch.float32, 1), (768, torch.bfloat16, 2), (257, torch.bfloat16, 1)]
+)
+def test_a_walk_of_which_more_fits_than_is_wanted_waits_its_turn(
+    dim: int, dtype: torch.dtype, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[tuple[object, ...]] = []
+
+    def record(grid: object, pointers: object, numbers: object, constants: tuple[object, ...], warps: int) -> None:
+        launched.append(constants)
+
+    for module, name in ((kernels, "_BACKWARD"), (ragged_rows, "_BACKWARD"), (rows, "_COLUMN_SUMS")):
+        monkeypatch.setattr(module, name, record)
+    x, stats = torch.zeros(4, dim, dtype=dtype), torch.zeros(4)
+    for capability, chains in ((9, [expected, 2]), (8, [0, 0])):
+        monkeypatch.setattr(launch, "compute_capability", lambda _, capability=capability: capability)
+        kernels.launch_rms_norm_backward(x, None, x, x[0], stats, 0.0, True)
+        assert [constants[-1] for constants in launched] == chains
+        launched.clear()
+
+
+def test_a_walk_after_a_matmul_waits_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[tuple[object, ...]] = []
+    for module, name in ((feed_forward, "_BACKWARD"), (rows, "_COLUMN_SUMS")):
+        monkeypatch.setattr(module, name, lambda *arguments: launched.append(arguments[3]))
+    monkeypatch.setattr(launch, "compute_capability", lambda _: 9)
+    feed_forward.launch_gelu_backward_in_place(torch.zeros(4, 96), torch.zeros(4, 96), "gelu")
+    assert [constants[-1] for constants in launched] == [1, 2]
 
 
 @pytest.mark.gpu

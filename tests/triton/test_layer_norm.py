@@ -185,7 +185,7 @@ def test_kernels_compile_for_every_target(
     for target, (processors, shared) in TARGETS.items():
         for weight_gradient in (True, False) if dim <= 8192 else (False,):
             blocks = (
-                backward_blocks(dim, itemsize, itemsize, 32768, 2 + with_residual, processors, shared)
+                backward_blocks(dim, itemsize, itemsize, 32768, 2 + with_residual, 2, processors, shared)
                 if weight_gradient
                 else no_weight_blocks(dim, itemsize, False)
             )
@@ -202,6 +202,31 @@ def test_kernels_compile_for_every_target(
                 # Rows that are read number by number, or are twice as wide as registers hold with ease, may spill a little.
                 spill_allowed=0 if dim % 8 == 0 and dim <= 8192 else 160,
             )
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dim", [256, 768, 1024, 2048, 4096, 5120, 8192, 16384])
+def test_a_walk_that_is_launched_early_fills_a_multiprocessor(
+    dim: int, dtype: str, compile_for_all_targets: Callable[..., Any]
+) -> None:
+    itemsize, (processors, shared) = 2 if dtype == "bf16" else 4, TARGETS["sm_90"]
+    values = {
+        **{"DIM": dim, "UNIT": 16, "WEIGHT_OFFSET": 0.0, "HAS_WEIGHT": True, "HAS_DS": False, "ds_ptr": None},
+        **{"WEIGHT_GRADIENT": True, "BIAS_GRADIENT": True},
+    }
+    if dim > 8192:
+        kernel, blocks = kernels._layer_norm_wide_bwd_kernel, wide_backward_blocks(itemsize, 1 << 20, processors)
+        values |= {"PARTS": dim // blocks.columns, "VECTOR": 4, "AHEAD": blocks.ahead}
+    else:
+        kernel = kernels._layer_norm_bwd_kernel
+        blocks = backward_blocks(dim, itemsize, itemsize, 1 << 20, 2, 2, processors, shared)
+        values |= {"ROWS": blocks.rows, "STAGES": blocks.stages}
+    assert blocks.early == (dtype == "bf16" or dim in (5120, 8192))
+    if not blocks.early:
+        return
+    arguments = {"num_warps": blocks.warps, "targets": ("sm_90",), "spill_allowed": 48 if dim > 8192 else 0}
+    built = compile_for_all_targets(kernel, signature(kernel, dtype), {**values, "BLOCK": blocks.columns}, **arguments)["sm_90"]
+    assert built.resident(blocks.warps) * processors <= blocks.programs
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

@@ -319,3 +319,25 @@ def test_kernels_compile_for_every_target(
             pattern = asynchronous if blocks.stages > 1 else r"ld\.global\S*\.v4"
             assert re.search(pattern, built.assembly), "the middle is not read 16 bytes at a time"
             assert re.search(r"st\.global\S*\.v4", built.assembly), "the middle is not written 16 bytes at a time"
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dim", [257, 1001, 2049, 4097, 8191])
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_walk_that_is_launched_early_fills_a_multiprocessor(
+    dim: int, dtype: str, centred: bool, compile_for_all_targets: Callable[..., Any]
+) -> None:
+    itemsize, facts = 2 if dtype == "bf16" else 4, TARGETS["sm_90"]
+    blocks = ragged_backward_blocks(dim, itemsize, 2, 1 + centred, *facts)
+    assert blocks.early == (dim > 4096 or (centred and dim > 257))
+    if not blocks.early:
+        return
+    kernel = ragged_rows._ragged_norm_bwd_kernel
+    values = {
+        **{"DIM": dim, "CENTRED": centred, "WEIGHT_OFFSET": 0.0, "HAS_WEIGHT": True, "HAS_DS": False, "ds_ptr": None},
+        **{"WEIGHT_GRADIENT": True, "BIAS_GRADIENT": centred, "BLOCK": blocks.columns, "STAGES": blocks.stages},
+        **({} if centred else {"mean_ptr": None}),
+    }
+    arguments = {"num_warps": blocks.warps, "targets": ("sm_90",)}
+    built = compile_for_all_targets(kernel, signature(kernel, dtype), values, **arguments)["sm_90"]
+    assert built.resident(blocks.warps) * facts[0] <= blocks.programs

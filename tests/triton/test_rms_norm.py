@@ -168,7 +168,7 @@ def test_kernels_compile_for_every_target(
     for target, (processors, shared) in TARGETS.items():
         for weight_gradient in (True, False):
             blocks = (
-                backward_blocks(dim, itemsize, itemsize, 32768, 2 + with_residual, processors, shared)
+                backward_blocks(dim, itemsize, itemsize, 32768, 2 + with_residual, 1, processors, shared)
                 if weight_gradient
                 else no_weight_blocks(dim, itemsize, False)
             )
@@ -186,3 +186,24 @@ def test_kernels_compile_for_every_target(
                 # at 8192 float32 Triton 3.7 spills 8 bytes where 3.9 spills none.
                 spill_allowed=(8 if dim == 8192 else 0) if dim % 8 == 0 and dim <= 8192 else 160,
             )
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dim", [256, 768, 1024, 2048, 4096, 5120, 8192, 16384])
+def test_a_walk_that_is_launched_early_fills_a_multiprocessor(
+    dim: int, dtype: str, compile_for_all_targets: Callable[..., Any]
+) -> None:
+    itemsize, (processors, shared) = 2 if dtype == "bf16" else 4, TARGETS["sm_90"]
+    blocks = backward_blocks(dim, itemsize, itemsize, 1 << 20, 2, 1, processors, shared)
+    assert blocks.early == (dim not in (256, 1024) if dtype == "bf16" else dim >= 8192)
+    if not blocks.early:
+        return
+    kernel = kernels._rms_norm_bwd_kernel
+    values = {
+        **{"DIM": dim, "UNIT": 16, "WEIGHT_OFFSET": 0.0, "HAS_WEIGHT": True, "HAS_DS": False, "WEIGHT_GRADIENT": True},
+        **{"ROWS": blocks.rows, "BLOCK": blocks.columns, "STAGES": blocks.stages, "RELOAD": dim > 8192, "ds_ptr": None},
+    }
+    types, spilled = signature(kernel, dtype), 8 if dim == 8192 else 160
+    arguments = {"num_warps": blocks.warps, "targets": ("sm_90",), "spill_allowed": spilled}
+    built = compile_for_all_targets(kernel, types, values, **arguments)["sm_90"]
+    assert built.resident(blocks.warps) * processors <= blocks.programs

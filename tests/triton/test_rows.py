@@ -53,13 +53,13 @@ def test_forward_tiles_are_those_of_the_sweep() -> None:
 @pytest.mark.parametrize("shared", [65_536, 166_912, 232_448])
 @pytest.mark.parametrize("loads", [2, 3])
 def test_backward_tiles_wait_in_the_shared_memory_there_is(dim: int, itemsize: int, shared: int, loads: int) -> None:
-    blocks = backward_blocks(dim, itemsize, itemsize, 10_000_000, loads, 132, shared)
+    blocks = backward_blocks(dim, itemsize, itemsize, 10_000_000, loads, 2, 132, shared)
     assert dim <= blocks.columns
     assert blocks.rows * blocks.columns <= 32 * 32 * blocks.warps
     assert blocks.programs in (132, 264, 528)
     waiting = blocks.rows * blocks.columns * itemsize * (loads + blocks.reload)
     assert (blocks.stages - 1) * waiting * (blocks.programs // 132) < shared
-    assert backward_blocks(dim, itemsize, itemsize, 3, loads, 132, shared).programs <= 3
+    assert backward_blocks(dim, itemsize, itemsize, 3, loads, 2, 132, shared).programs <= 3
     assert blocks.reload == (dim > MAX_COLUMNS // 2)
 
 
@@ -73,8 +73,8 @@ def test_tiles_are_shared_evenly_by_as_few_programs_as_take_no_longer(tiles: int
 
 def test_4096_wide_rows_are_32_for_each_program() -> None:
     assert wide_backward_blocks(2, 4096, 132).programs == 128
-    assert backward_blocks(8192, 2, 2, 4096, 2, 132, 232_448).programs == 128
-    assert backward_blocks(768, 2, 2, 4096, 2, 132, 232_448).programs == 264
+    assert backward_blocks(8192, 2, 2, 4096, 2, 2, 132, 232_448).programs == 128
+    assert backward_blocks(768, 2, 2, 4096, 2, 2, 132, 232_448).programs == 264
 
 
 def test_rows_are_copied_only_where_they_must_be() -> None:
