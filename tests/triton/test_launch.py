@@ -17,7 +17,6 @@ from oslo_fusion.triton import feed_forward, glu, launch, layer_norm, ragged_row
 from oslo_fusion.triton import rms_norm as kernels  # noqa: E402
 from oslo_fusion.triton.launch import Kernel  # noqa: E402
 
-
 NOT_EARLY = {
     "_attention_range_kernel": "not tried: once a call with a mask of keys, before a kernel that is not launched early itself",
     "_count_tokens_kernel": "once a batch, before all layers",
@@ -134,7 +133,7 @@ def test_kernels_that_begin_early_wait_for_what_they_read() -> None:
 
 @pytest.mark.gpu
 def test_rotations_and_gated_products_wait_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each kernel reads what the one before it wrote, or writes over it; as when each begins after the end of the one before."""
+    """Each kernel reads what the one before it wrote, or writes over it; as if each began after the end of that one."""
     x, y = torch.randn(8, 32, 512, 128, device="cuda"), torch.empty(8, 32, 512, 128, device="cuda")
     angle = torch.randn(1, 512, 128, device="cuda")
     cos, sin = angle.cos(), angle.sin()
