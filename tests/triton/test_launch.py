@@ -14,9 +14,7 @@ triton = pytest.importorskip("triton")
 import oslo_fusion.triton  # noqa: E402
 from oslo_fusion.ops.rms_norm import rms_norm, rms_norm_reference  # noqa: E402
 from oslo_fusion.triton import glu, layer_norm, rope, rows  # noqa: E402
-from oslo_fusion.triton import rms_norm as kernels  # noqa: E402
 from oslo_fusion.triton.launch import Kernel  # noqa: E402
-
 
 NOT_EARLY = {
     "_attention_range_kernel": "not tried: once a call with a mask of keys, before a kernel that is not launched early itself",
@@ -104,7 +102,7 @@ def test_kernels_that_begin_early_wait_for_what_they_read() -> None:
 
 @pytest.mark.gpu
 def test_rotations_and_gated_products_wait_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each kernel reads what the one before it wrote, or writes over it; as when each begins after the end of the one before."""
+    """Each kernel reads or writes over what the one before wrote; the same as when each begins after the end of that one."""
     x, y = torch.randn(8, 32, 512, 128, device="cuda"), torch.empty(8, 32, 512, 128, device="cuda")
     angle = torch.randn(1, 512, 128, device="cuda")
     cos, sin = angle.cos(), angle.sin()
