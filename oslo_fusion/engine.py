@@ -7,7 +7,8 @@ import logging
 from torch import nn
 
 from oslo_fusion import probe, surgery
-from oslo_fusion.config import KERNELS, FusionConfig, parse_config
+from oslo_fusion.aot import start_compiler
+from oslo_fusion.config import KERNELS, FusionConfig, ParsedConfig, parse_config
 from oslo_fusion.environment import environment
 from oslo_fusion.errors import ConfigError, PlanError, RefusalError
 from oslo_fusion.passes import PASSES
@@ -32,12 +33,20 @@ def plan(model: nn.Module, config: object) -> FusionPlan:
         ConfigError: the model is not a module or the configuration is unusable.
         PlanError: a pass claims a module that an earlier one has taken, or one module twice.
     """
+    return _plan(model, _parse(model, config))
+
+
+def _parse(model: object, config: object) -> ParsedConfig:
+    """The configuration; ConfigError for it, or for a model that is none."""
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model: received {type(model).__name__} instead of a torch.nn.Module. Remedy: pass the model itself, as in "
             "oslo_fusion.initialize(model, config)."
         )
-    parsed = parse_config(config)
+    return parse_config(config)
+
+
+def _plan(model: nn.Module, parsed: ParsedConfig) -> FusionPlan:
     proposals: list[Proposal] = []
     taken: dict[str, Proposal] = {}
     with surgery.as_restored(model):
@@ -68,7 +77,9 @@ def initialize(model: nn.Module, config: object) -> nn.Module:
 
     After any error the model is as it was before the call.
     """
-    planned = plan(model, config)
+    parsed = _parse(model, config)
+    start_compiler(model, parsed.fusion, environment())  # while the plan is made
+    planned = _plan(model, parsed)
     refused = [p for p in planned.proposals if p.outcome == "refused"]
     if refused and planned.config.on_refusal == "raise":
         raise RefusalError(

@@ -17,6 +17,8 @@ from torch import nn
 
 import oslo_fusion
 from oslo_fusion import ConfigError, PlanError, RefusalError, engine, surgery
+from oslo_fusion.aot import room
+from oslo_fusion.environment import Ability, Environment
 from oslo_fusion.kernels import glu_sites
 from oslo_fusion.passes import PASSES
 from oslo_fusion.plan import Proposal, Site, Swap, collapse_paths
@@ -383,3 +385,30 @@ def test_torch_compile_takes_an_initialized_model(build: Any, inputs: Any) -> No
     oslo_fusion.initialize(model, OFF)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(output(compiled, given), expected)
+
+
+@pytest.mark.parametrize(
+    ("block", "device", "expected"),
+    [
+        ({"enable": True, "memory_efficient_fusion": True}, "cuda", ["loaded", "planned"]),
+        ({"enable": True, "memory_efficient_fusion": True}, "cpu", ["planned"]),
+        ({"enable": True}, "cuda", ["planned"]),
+        ({"enable": False, "memory_efficient_fusion": True}, "cuda", ["planned"]),
+    ],
+)
+def test_the_compiler_starts_before_the_plan_is_made(
+    block: dict[str, Any], device: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def planned(*_: object) -> None:
+        done.append("planned")
+        raise PlanError("enough seen")
+
+    monkeypatch.setattr(room, "load_inductor", lambda: done.append("loaded"))
+    monkeypatch.setattr(room, "placement", lambda _: (torch.device(device), torch.float32))
+    monkeypatch.setattr(Environment, "inductor", lambda *_: Ability("Inductor", True, "here"))
+    monkeypatch.setattr(engine, "_plan", planned)
+    with pytest.raises(PlanError, match="enough seen"):
+        oslo_fusion.initialize(nn.Linear(2, 2), {"kernel_fusion": block})
+    assert done == expected

@@ -118,8 +118,8 @@ class Backend:
     def __call__(self, graph: fx.GraphModule, example_inputs: Sequence[Any], program: str = "") -> Callable[..., Any]:
         """Compile one graph. Dynamo calls this; ``program`` names in the record what the graph is part of."""
         from torch._functorch import config as functorch_config
-        from torch._inductor.compile_fx import compile_fx
 
+        compile_fx = load_inductor()
         simplify_masks(graph)
         written = _describe(graph, program)
         inner: dict[str, Any] = {"inner_compile": _as_it_is} if self.compiler == "eager" else {}
@@ -141,6 +141,20 @@ class Backend:
         done = written(time.perf_counter() - start)
         self.record.graphs.append(replace(done, parts=parts.cut, whole=parts.whole, workspaces=workspaces, feed_forwards=fused))
         return compiled  # type: ignore[no-any-return]
+
+
+def load_inductor() -> Callable[..., Any]:
+    """Import the compiler, and let it start the processes in which it compiles Triton kernels, which takes them seconds.
+
+    torch does so where its own backend is asked for the first graph, and then compiles the first kernels itself, one by one.
+    """
+    from torch._inductor import async_compile
+
+    if torch.cuda.is_available() and hasattr(async_compile, "maybe_warm_pool"):
+        async_compile.maybe_warm_pool()
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx
 
 
 def dynamo_backend(

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from oslo_fusion.aot.backend import load_inductor
 from oslo_fusion.aot.layer import CompiledLayer
 from oslo_fusion.aot.layers import Repeated, repeated_layers
 from oslo_fusion.aot.methods import CompiledForward, UncompiledGenerate, generating
@@ -61,6 +62,13 @@ class AotPass:
         different = difference(model, layers, programs) if config.verify and layers else {}
         rows = [leave(_propose_layer(x, numbers[x.kind], programs, environment, different.get(x.kind)), taken) for x in layers]
         yield from _rows_with_generate(rows, model, programs)
+
+
+def start_compiler(model: nn.Module, config: FusionConfig, environment: Environment) -> None:
+    """Start what the first step would wait for, where it will compile for a GPU; a plan takes as long as that."""
+    where = placement(model) if config.aot is not None else None
+    if where is not None and where[0].type == "cuda" and environment.inductor("cuda").available:
+        load_inductor()
 
 
 def _propose_layer(layer: Repeated, kind: int, programs: Programs, environment: Environment, different: str | None) -> Proposal:
