@@ -102,7 +102,7 @@ def forward_blocks(dim: int, itemsize: int, few: bool) -> RowBlocks:
     warps = min(most, max(fewest, columns // (32 * per_thread)))
     # Layer norm with one reduction across warps in place of two has 2 barriers in place of 5, and in wide rows no more
     # instructions (16384 bfloat16: 896 and 904, float32 664 and 672; 8192 544 and 512, 328 and 272; sm_90, Triton 3.6).
-    joined = not few and columns > REGISTER_COLUMNS
+    joined = columns > REGISTER_COLUMNS
     return RowBlocks(max(1, 32 * warps * per_thread // columns), columns, warps, joined=joined)
 
 
