@@ -293,7 +293,7 @@ def _others(job: Sweep, chosen: Any, processors: int, shared: int) -> dict[str, 
     names = {
         tile: f"{tile.rows} rows, {tile.warps} warps, {tile.programs} programs, {tile.stages} stages, {tile.ahead} ahead, "
         + ("early" if tile.early else "in turn")
-        + (", joined" if tile.joined else "")
+        + (", joined" if tile.joined and tile.rows == 1 else "")
         for tile in near
     }
     return {name: tile for tile, name in names.items() if tile != chosen}
