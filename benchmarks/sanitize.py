@@ -101,6 +101,7 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], View]] = {
     "7×1032": ((7, 1032), lambda t: t),
 }
 WIDE = {"2×9001": ((2, 9001), lambda t: t)}  # too wide for a backward that keeps a row in registers
+MANY_WIDE = {"301×10240": ((301, 10240), lambda t: t)}  # a layer norm's forward joins what warps have made of their own numbers
 
 
 def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -175,6 +176,8 @@ def _norms(cuda: bool) -> Iterator[Case]:
             kinds = _kinds(_chosen(norm, kernel), vectors)
             yield from _over_rows(f"{name} in {kernel}", kinds, LAYOUTS)
             yield from _over_rows(f"{name} in {kernel}", {", weight": kinds[", weight"]}, WIDE)
+            if name == "layer_norm":
+                yield from _over_rows(f"{name} in {kernel}", {", weight": kinds[", weight"]}, MANY_WIDE)
 
 
 def _post_norms(cuda: bool) -> Iterator[Case]:

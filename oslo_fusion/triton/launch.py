@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 _ALIGNMENT = 16
 _WIDE = 1 << 31
 _HIP = torch.version.hip is not None
+WARP_SIZE = 64 if _HIP else 32  # threads; of every AMD GPU that is compiled for
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -1,7 +1,8 @@
 """Layer norm in Triton: one kernel forward; backward one over the rows and one that adds up the gradients of weight and bias.
 
 Forward: a program per tile of rows; x, and the residual, are read once, the row stays in registers, s, y, mean and 1/std are
-written. The variance is that of the centred row, not mean(s²) - mean(s)², which cancels where the mean is large.
+written. The variance is that of centred numbers, not mean(s²) - mean(s)², which cancels where the mean is large: of the row
+about its mean, or, where a row is wide, of each warp's numbers about theirs, which saves a reduction across warps.
 
 Backward: few programs, each of which walks over its tiles. With x̂ = (s - mean) · rstd, g = dy · (weight + offset):
 
@@ -29,7 +30,7 @@ from oslo_fusion.ops.layer_norm import (
     result_dtypes,
 )
 from oslo_fusion.triton import ragged_rows
-from oslo_fusion.triton.launch import Kernel, chain, chained, let_next_begin, wait_for_previous
+from oslo_fusion.triton.launch import WARP_SIZE, Kernel, chain, chained, let_next_begin, wait_for_previous
 from oslo_fusion.triton.rows import (
     RAGGED_BACKWARD,
     RAGGED_FORWARD,
@@ -41,6 +42,7 @@ from oslo_fusion.triton.rows import (
     device_facts,
     forward_blocks,
     is_ragged,
+    joined_warps,
     must_refer,
     no_weight_blocks,
     on_device,
@@ -49,6 +51,38 @@ from oslo_fusion.triton.rows import (
     stride_unit,
     wide_backward_blocks,
 )
+
+
+@triton.jit
+def _join(count, mean, squares, other_count, other_mean, other_squares):
+    total = count + other_count
+    step = other_mean - mean
+    share = other_count / total
+    return total, mean + step * share, squares + other_squares + step * step * (count * share)
+
+
+@triton.jit
+def _normed_row(s, eps, DIM: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr, SHARE: tl.constexpr):
+    """A row ``[1, BLOCK]`` normed, its mean and 1/std, for a row of which every warp has as many numbers.
+
+    A warp makes the mean of its own numbers and their squared distances from that, in two passes, within itself; then these are
+    joined over the warps (Chan, Golub, LeVeque 1979). That cancels nothing, as mean(s²) - mean(s)² would.
+    """
+    REPEATS: tl.constexpr = BLOCK // (WARPS * SHARE)
+    COUNT: tl.constexpr = DIM // WARPS
+    own = tl.reshape(s, (REPEATS, WARPS, SHARE))
+    own_mean = tl.sum(tl.sum(own, axis=0), axis=1) / COUNT
+    centred = own - own_mean[None, :, None]
+    if DIM < BLOCK:
+        there = tl.arange(0, REPEATS)[:, None, None] < COUNT // SHARE
+        centred = tl.where(there, centred, 0.0)
+    squares = tl.sum(tl.sum(centred * centred, axis=0), axis=1)
+    count = tl.full((WARPS,), COUNT, tl.float32)
+    _, mean, squares = tl.reduce((count, own_mean, squares), 0, _join)
+    rstd = tl.rsqrt(squares / DIM + eps)
+    # From the warp's mean to the row's: a multiplication with an addition is one instruction.
+    normed = centred * rstd + ((own_mean - mean) * rstd)[None, :, None]
+    return tl.reshape(normed, (1, BLOCK)), mean, rstd
 
 
 @triton.jit(do_not_specialize=["x_row_units", "residual_row_units", "num_rows", "eps"])
@@ -73,6 +107,8 @@ def _layer_norm_fwd_kernel(
     HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    WARPS: tl.constexpr,
+    SHARE: tl.constexpr,
     CHAIN: tl.constexpr,
 ):
     chained(CHAIN)
@@ -89,12 +125,17 @@ def _layer_norm_fwd_kernel(
         s = (s.to(tl.float32) + residual.to(tl.float32)).to(s_ptr.dtype.element_ty)
         tl.store(s_ptr + (rows * DIM)[:, None] + cols, s, mask=mask)
     s = s.to(tl.float32)
-    mean = tl.sum(s, axis=1) / DIM
-    centred = tl.where(mask, s - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / DIM + eps)
-    tl.store(mean_ptr + rows, mean, mask=rows_mask)
-    tl.store(rstd_ptr + rows, rstd, mask=rows_mask)
-    y = centred * rstd[:, None]
+    if WARPS > 0:  # one row
+        y, row_mean, row_rstd = _normed_row(s, eps, DIM, BLOCK, WARPS, SHARE)
+        tl.store(mean_ptr + tl.program_id(0), row_mean)
+        tl.store(rstd_ptr + tl.program_id(0), row_rstd)
+    else:
+        mean = tl.sum(s, axis=1) / DIM
+        centred = tl.where(mask, s - mean[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / DIM + eps)
+        tl.store(mean_ptr + rows, mean, mask=rows_mask)
+        tl.store(rstd_ptr + rows, rstd, mask=rows_mask)
+        y = centred * rstd[:, None]
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + cols, mask=cols_mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
         if WEIGHT_OFFSET != 0.0:
@@ -351,6 +392,10 @@ def launch_layer_norm(
     unit = stride_unit(stride, residual_stride)
     if blocks is None:
         blocks = forward_blocks(dim, x.element_size(), num_rows <= 2 * device_facts(x)[0])
+    # A thread loads 16 bytes at a time, or as many numbers as the rows' borders allow. With a residual there are two
+    # reductions: with one, a float32 row of 16384 takes 142 registers, and one program is resident in place of two (sm_90,
+    # Triton 3.6).
+    share = WARP_SIZE * min(16 // x.element_size(), unit, blocks.columns // (WARP_SIZE * blocks.warps))
     with on_device(x):
         _FORWARD(
             (-(-num_rows // blocks.rows),),
@@ -374,6 +419,8 @@ def launch_layer_norm(
                 residual is not None,
                 blocks.rows,
                 blocks.columns,
+                joined_warps(blocks, dim, share) if residual is None else 0,
+                share,
                 chain(x),
             ),
             blocks.warps,

@@ -17,7 +17,7 @@ from oslo_fusion.ops.row_cases import ROW_CASES, drawer
 from oslo_fusion.testing import assert_close_to_reference
 from oslo_fusion.triton import layer_norm as kernels
 from oslo_fusion.triton import rows
-from oslo_fusion.triton.rows import backward_blocks, forward_blocks, no_weight_blocks, wide_backward_blocks
+from oslo_fusion.triton.rows import backward_blocks, forward_blocks, joined_warps, no_weight_blocks, wide_backward_blocks
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EPS = 1e-5
@@ -172,6 +172,7 @@ def test_kernels_compile_for_every_target(
     for few in (False, True):
         blocks = forward_blocks(dim, itemsize, few)
         tile = {"ROWS": blocks.rows, "BLOCK": blocks.columns, "HAS_RESIDUAL": with_residual, "HAS_BIAS": True}
+        tile |= {"WARPS": 0, "SHARE": 0}
         built = compile_for_all_targets(
             kernel,
             signature(kernel, dtype),
@@ -227,6 +228,70 @@ def test_a_walk_that_is_launched_early_fills_a_multiprocessor(
     arguments = {"num_warps": blocks.warps, "targets": ("sm_90",), "spill_allowed": 48 if dim > 8192 else 0}
     built = compile_for_all_targets(kernel, signature(kernel, dtype), {**values, "BLOCK": blocks.columns}, **arguments)["sm_90"]
     assert built.resident(blocks.warps) * processors <= blocks.programs
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dim", [12288, 16384])
+def test_one_reduction_compiles_for_every_target(dim: int, dtype: str, compile_for_all_targets: Callable[..., Any]) -> None:
+    """And a warp's own numbers stay where they are: what crosses warps is a count, a mean and a sum of each."""
+    kernel, itemsize = kernels._layer_norm_fwd_kernel, 2 if dtype == "bf16" else 4
+    blocks = replace(forward_blocks(dim, itemsize, False), joined=True)
+    values = {
+        **{"DIM": dim, "UNIT": 16, "WEIGHT_OFFSET": 0.0, "HAS_WEIGHT": True, "HAS_BIAS": True, "HAS_RESIDUAL": False},
+        **{"ROWS": 1, "BLOCK": blocks.columns, "WARPS": blocks.warps, "residual_ptr": None, "s_ptr": None},
+    }
+    for target in TARGETS:
+        share = (32 if target.startswith("sm") else 64) * 16 // itemsize
+        assert joined_warps(blocks, dim, share) == (blocks.warps if dim % (blocks.warps * share) == 0 else 0)
+        if not joined_warps(blocks, dim, share):
+            continue  # 12288 in bfloat16 on AMD: there it is two reductions
+        built = compile_for_all_targets(
+            kernel,
+            signature(kernel, dtype),
+            {**values, "SHARE": share},
+            num_warps=blocks.warps,
+            targets=(target,),
+            spill_allowed=16 if dim > 8192 else 0,
+        )[target]
+        assert built.shared <= 3 * 4 * blocks.warps, "numbers are exchanged before they are summed"
+        if target == "sm_90":
+            assert built.resident(blocks.warps) >= 2, "memory is idle while a lone program reduces its row"
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows_are", ["plain", "far from zero", "an outlier", "one number"])
+@pytest.mark.parametrize(("dim", "warps"), [(2048, 4), (1536, 2)])
+def test_one_reduction_keeps_the_law(dim: int, warps: int, rows_are: str, dtype: torch.dtype, device: torch.device) -> None:
+    blocks = rows.RowBlocks(1, 1 << (dim - 1).bit_length(), warps, joined=True)
+    assert joined_warps(blocks, dim, 32 * 16 // dtype.itemsize) == warps
+    results: list[list[Tensor]] = [[], [], []]
+    for seed in range(3):
+        draw = drawer(dtype, device, seed)
+        x, weight, bias = draw(5, dim), draw(dim), draw(dim)
+        if rows_are == "far from zero":
+            x = x + 1000.0
+        elif rows_are == "an outlier":
+            x[:, 7] = 10_000.0
+        elif rows_are == "one number":
+            x = torch.full_like(x, 3.0)
+        ours = kernels.launch_layer_norm(x, weight, bias, None, EPS, 1.0, None, blocks)
+        theirs = op.layer_norm_reference(x, weight, bias, None, EPS, 1.0, None)
+        truth = op.layer_norm_reference(x.double(), weight.double(), bias.double(), None, EPS, 1.0, None)
+        for result, outputs in zip(results, (ours, theirs, truth), strict=True):
+            result.append(outputs[0])
+        exact = op.layer_norm_reference(ours[1].double(), None, None, None, EPS, 0.0, None)[2:]
+        torch.testing.assert_close(ours[2:], tuple(stat.float() for stat in exact), rtol=1e-5, atol=1e-6)
+    assert_close_to_reference(*(torch.cat(result) for result in results), f"{rows_are}, {dim}")
+
+
+def test_a_row_is_joined_where_every_warp_has_as_many_of_its_numbers() -> None:
+    for dim, itemsize in ((16384, 2), (16384, 4), (12288, 2), (9216, 4)):
+        assert joined_warps(forward_blocks(dim, itemsize, False), dim, 32 * 16 // itemsize) == 8
+    for dim in (768, 4096, 5120, 8192, 9216, 16383):
+        assert joined_warps(forward_blocks(dim, 2, False), dim, 32 * 8) == 0
+    assert joined_warps(forward_blocks(16384, 2, True), 16384, 32 * 8) == 0
+    assert joined_warps(rows.RowBlocks(1, 16, 1, joined=True), 16, 0) == 0
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
