@@ -392,9 +392,8 @@ def launch_layer_norm(
     unit = stride_unit(stride, residual_stride)
     if blocks is None:
         blocks = forward_blocks(dim, x.element_size(), num_rows <= 2 * device_facts(x)[0])
-    # A thread loads 16 bytes at a time, or as many numbers as the rows' borders allow. With a residual there are two
-    # reductions: with one, a float32 row of 16384 takes 142 registers, and one program is resident in place of two (sm_90,
-    # Triton 3.6).
+    # A thread loads 16 bytes at a time, or as many numbers as the rows' borders allow. With a residual it is two reductions,
+    # since with one a float32 row of 16384 takes 142 registers, and one program is resident, not two (sm_90, Triton 3.6).
     share = WARP_SIZE * min(16 // x.element_size(), unit, blocks.columns // (WARP_SIZE * blocks.warps))
     with on_device(x):
         _FORWARD(
