@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from oslo_fusion.aot.nodes import example
 from oslo_fusion.ops.attention_backends import CUDNN, HALF, run_masked
 from oslo_fusion.ops.cudnn_attention import cudnn_attention
 
@@ -53,7 +54,7 @@ def _arguments(node: fx.Node) -> tuple[Any, ...] | None:
 
 def _gains(given: tuple[Any, ...]) -> bool:
     *nodes, scale, _ = given
-    values: list[Any] = [x.meta.get("example_value") if isinstance(x, fx.Node) else None for x in nodes]
+    values: list[Any] = [example(node) for node in nodes]
     if not all(isinstance(x, Tensor) for x in values) or any(map(is_traceable_wrapper_subclass, values)):
         return False
     q, k, v = values

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from oslo_fusion.aot.gated_mlps import _ADDMM, _LINEAR, _VIEWS, _activation, _argument, _is, _is_method, _LeaveError, _value
+from oslo_fusion.aot.nodes import ADDMM, LINEAR, VIEWS, WRITES, activation, argument, example, is_function, is_method
 from oslo_fusion.ops.feed_forward import GELUS, feed_forward
 
 IN_COMPILED_LAYERS = True
@@ -30,7 +30,6 @@ FEWEST_ROWS = 2048
 
 _HALF = (torch.float16, torch.bfloat16)
 _DEVICE = "cuda"
-_WRITES = ("add_", "mul_", "sub_", "div_", "copy_", "zero_", "fill_")
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,11 @@ def fuse_feed_forwards(graph: fx.GraphModule) -> int:
 
 def _layer(node: Any) -> _Layer | None:
     """The linear layer that a node is; None for any other."""
-    if _is(node, _LINEAR):
-        return _Layer(node, node.args[0], _argument(node, 1, "weight"), _argument(node, 2, "bias"))
-    if _is(node, _ADDMM) and len(node.args) == 3 and not node.kwargs:  # neither alpha nor beta
+    if is_function(node, LINEAR):
+        return _Layer(node, node.args[0], argument(node, 1, "weight"), argument(node, 2, "bias"))
+    if is_function(node, ADDMM) and len(node.args) == 3 and not node.kwargs:  # neither alpha nor beta
         bias, x, weight = node.args
-        value = _value(bias)
+        value = example(bias)
         if isinstance(value, Tensor) and value.dim() == 1:
             return _Layer(node, x, weight, bias, transposed=True)
     return None
@@ -82,13 +81,10 @@ def _layer(node: Any) -> _Layer | None:
 
 def _fuse(graph: fx.Graph, out: _Layer) -> bool:
     act, between, viewed = _without_dropout(out.x)
-    try:
-        activation = _activation(act)
-    except _LeaveError:
+    found = activation(act)
+    if found is None or found[1] not in GELUS:
         return False
-    if activation is None or activation[1] not in GELUS:
-        return False
-    source, formula, inside = activation
+    source, formula, inside = found
     source, views, also_viewed = _without_views(source)
     first = _layer(source)
     if first is None:
@@ -112,8 +108,8 @@ def _fuse(graph: fx.Graph, out: _Layer) -> bool:
 def _without_dropout(node: Any) -> tuple[Any, list[fx.Node], bool]:
     """What a dropout that does nothing is of, or a view; those nodes; and whether there is a view."""
     node, between, viewed = _without_views(node)
-    while _is(node, (F.dropout, torch.dropout)):
-        if _argument(node, 1, "p") != 0 and _argument(node, 2, "training") is not False:
+    while is_function(node, (F.dropout, torch.dropout)):
+        if argument(node, 1, "p") != 0 and argument(node, 2, "training") is not False:
             break
         between.append(node)
         node, views, more = _without_views(node.args[0])
@@ -125,8 +121,8 @@ def _without_dropout(node: Any) -> tuple[Any, list[fx.Node], bool]:
 def _without_views(node: Any) -> tuple[Any, list[fx.Node], bool]:
     """What views that leave the last dimension alone are of; they; and whether there are any."""
     views: list[fx.Node] = []
-    while _is_method(node, *_VIEWS):
-        before, after = _value(node.args[0]), _value(node)
+    while is_method(node, *VIEWS):
+        before, after = example(node.args[0]), example(node)
         if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.shape[-1:] != after.shape[-1:]:
             break
         views.append(node)
@@ -135,17 +131,17 @@ def _without_views(node: Any) -> tuple[Any, list[fx.Node], bool]:
 
 
 def _is_rows(node: Any) -> bool:
-    value = _value(node)
+    value = example(node)
     return isinstance(value, Tensor) and value.dim() == 2
 
 
 def _gains(first: _Layer, out: _Layer) -> bool:
     """Whether the kernel can be used and all that it makes is wanted."""
     x = first.x
-    if first.bias is None or any(_is_method(user, *_WRITES) for n in (x, _without_views(x)[0]) for user in n.users):
+    if first.bias is None or any(is_method(user, *WRITES) for n in (x, _without_views(x)[0]) for user in n.users):
         return False
     tensors = (x, first.weight, first.bias, out.weight, out.bias)
-    h, given = _value(first.node), [_value(n) for n in tensors if n is not None]
+    h, given = example(first.node), [example(n) for n in tensors if n is not None]
     if not isinstance(h, Tensor) or any(not isinstance(v, Tensor) or is_traceable_wrapper_subclass(v) for v in given):
         return False
     if h.device.type != _DEVICE or h.dtype not in _HALF or any(v.device != h.device for v in given):
@@ -153,7 +149,7 @@ def _gains(first: _Layer, out: _Layer) -> bool:
     autocast = torch.amp.is_autocast_available(_DEVICE) and torch.is_autocast_enabled(_DEVICE)
     if any(v.dtype != h.dtype and not (autocast and v.dtype in (*_HALF, torch.float32)) for v in given):
         return False
-    return all(_value(n).requires_grad for n in (first.weight, first.bias, out.weight)) and _rows(h) >= FEWEST_ROWS
+    return all(example(n).requires_grad for n in (first.weight, first.bias, out.weight)) and _rows(h) >= FEWEST_ROWS
 
 
 def _rows(h: Tensor) -> int:

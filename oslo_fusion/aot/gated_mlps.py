@@ -7,9 +7,7 @@ values, however it is written. The forward stays plain PyTorch, which the compil
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from oslo_fusion import probe
+from oslo_fusion.aot.nodes import LINEAR, WRITES, activation, argument, example, is_function, is_method
 from oslo_fusion.ops.gated_mlp import gated_mlp
-from oslo_fusion.ops.glu import ACTIVATIONS, DTYPES
+from oslo_fusion.ops.glu import DTYPES
 
 CUT_AT = 0.25
 """The largest budget at which it is done. Gate and up are two thirds of what a layer of Llama's widths keeps (512 of 800 MiB at
 16384 tokens): up to a quarter neither fits, so a backward that computes them again costs nothing. Above, they may be kept."""
 
-_LINEAR = (F.linear, torch._C._nn.linear)
-_ADDMM = (torch.addmm,)
-_VIEWS = ("view", "reshape")
 _PRODUCT = (operator.mul, torch.mul)
 _HALVES = (torch.chunk, torch.split)
 _NAMED = (F.silu, F.gelu, torch._C._nn.gelu)
-_LONGEST = 16  # operators of an activation: transformers' spelling of the tanh form has eight
 
 
 @dataclass(frozen=True)
@@ -72,19 +66,17 @@ def cut_gated_mlps(graph: fx.GraphModule) -> Parts:
 def _cut(graph: fx.Graph, product: fx.Node) -> bool:
     if not _is_product(product):
         return False
-    activation, up = _activation(product.args[0]), product.args[1]
-    if activation is None:
-        activation, up = _activation(product.args[1]), product.args[0]
-    if activation is None:
+    found = _activated(product)
+    if found is None:
         return False
-    gate, formula, inside = activation
+    gate, formula, inside, up = found
     (x, gate_weight, gate_bias), between = _projection(gate, "gate")
     (also_x, up_weight, up_bias), more = _projection(up, "up")
     if also_x is not x:
         raise _LeaveError("gate and up have different inputs")
     down, after = _down(product)
     _only_users({*inside, *between, *more, product, *after}, down)
-    down_weight, down_bias = _argument(down, 1, "weight"), _argument(down, 2, "bias")
+    down_weight, down_bias = argument(down, 1, "weight"), argument(down, 2, "bias")
     arguments = (x, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
     _check_values(x, *(a.of if isinstance(a, _Half) else a for a in arguments[1:]))
     with graph.inserting_before(down):
@@ -94,6 +86,18 @@ def _cut(graph: fx.Graph, product: fx.Node) -> bool:
     down.replace_all_uses_with(new)
     graph.erase_node(down)
     return True
+
+
+def _activated(product: fx.Node) -> tuple[fx.Node, str, list[fx.Node], Any] | None:
+    """The gate, its activation's formula and nodes, and the other factor; None for any other product."""
+    factors: tuple[Any, ...] = product.args
+    for act, up in (factors, factors[::-1]):
+        found = activation(act)
+        if found is not None:
+            return *found, up
+    if any(is_function(act, _NAMED) and isinstance(act.args[0], fx.Node) for act in factors):
+        raise _LeaveError("its gate is not the output of a linear layer alone (an adapter, or shared out between devices)")
+    return None
 
 
 def added(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -110,13 +114,13 @@ def _write_residual(node: fx.Node) -> None:
     then the gradient of the MLP's input and the projected attention stay in memory, through the attention's backward, which
     has none to spare either: 128 of its 744 MiB in Llama 1.24B 8×2048.
     """
-    if not (_is(node, (operator.add, torch.add)) and len(node.args) == 2 and not node.kwargs and len(node.users) > 1):
+    if not (is_function(node, (operator.add, torch.add)) and len(node.args) == 2 and not node.kwargs and len(node.users) > 1):
         return
     for residual, linear in (node.args, node.args[::-1]):
-        if not isinstance(residual, fx.Node) or not isinstance(linear, fx.Node) or not _is(linear, _LINEAR):
+        if not isinstance(residual, fx.Node) or not isinstance(linear, fx.Node) or not is_function(linear, LINEAR):
             continue
-        x, weight, bias = linear.args[0], _argument(linear, 1, "weight"), _argument(linear, 2, "bias")
-        values = [_value(n) for n in (residual, linear, x, weight)]
+        x, weight, bias = linear.args[0], argument(linear, 1, "weight"), argument(linear, 2, "bias")
+        values = [example(n) for n in (residual, linear, x, weight)]
         if bias is not None or len(linear.users) != 1 or not all(isinstance(v, Tensor) for v in values):
             continue
         alike = len({v.dtype for v in values}) == 1 and values[0].shape == values[1].shape and values[3].dim() == 2
@@ -137,102 +141,28 @@ class _Half:
         return graph.call_function(operator.getitem, (halves, self.index))
 
 
-def _is(node: object, targets: tuple[Callable[..., Any], ...]) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
-
-
-def _is_method(node: object, *names: str) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_method" and node.target in names
-
-
 def _is_product(node: fx.Node) -> bool:
-    named = _is(node, _PRODUCT) or _is_method(node, "mul")
+    named = is_function(node, _PRODUCT) or is_method(node, "mul")
     return named and len(node.args) == 2 and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)
-
-
-def _argument(node: fx.Node, position: int, name: str) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
-
-
-def _value(node: object) -> Any:
-    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
-
-
-def _activation(node: Any) -> tuple[fx.Node, str, list[fx.Node]] | None:
-    """The gate that is activated, by which formula, and the nodes that do it."""
-    inside: list[fx.Node] = []
-    sources: dict[fx.Node, None] = {}
-    waiting = [node]
-    while waiting:
-        current = waiting.pop()
-        if not isinstance(current, fx.Node) or current in inside:
-            continue
-        if current.op not in ("call_function", "call_method") or _is_source(current):
-            sources[current] = None
-        else:
-            inside.append(current)
-            waiting += current.all_input_nodes
-        if len(inside) > _LONGEST or len(sources) > 1:
-            break
-    if inside and len(inside) <= _LONGEST and len(sources) == 1:
-        (gate,) = sources
-        formula = _formula(node, gate, set(inside))
-        if formula is not None:
-            return gate, formula, inside
-    if _is(node, _NAMED) and isinstance(node.args[0], fx.Node):
-        raise _LeaveError("its gate is not the output of a linear layer alone (an adapter, or shared out between devices)")
-    return None
-
-
-def _is_source(node: fx.Node) -> bool:
-    """Whether it is no operator of an activation. Only plain functions are ever run: an all-reduce must not be, say."""
-    if node.op == "call_method":
-        return node.target in ("__getitem__", *_VIEWS)
-    module = getattr(node.target, "__module__", None) or ""
-    plain = module in ("_operator", "math", "torch") or module.startswith(("torch.nn.", "torch._C", "torch._VF"))
-    is_operator = isinstance(node.target, (torch._ops.OperatorBase, torch._ops.OpOverloadPacket))
-    return not plain or is_operator or node.target in (*_LINEAR, *_ADDMM, operator.getitem)
-
-
-def _formula(node: fx.Node, gate: fx.Node, inside: set[fx.Node]) -> str | None:
-    value = _value(gate)
-    # No two dimensions are alike, and no two numbers, so that what moves them is no activation.
-    shape = (*range(2, value.dim() + 1), 97) if isinstance(value, Tensor) and value.dim() else (2, 3, 97)
-    grid = torch.linspace(-12, 12, math.prod(shape), dtype=torch.float64, device="cpu").reshape(shape)
-    values: dict[fx.Node, Any] = {gate: grid.clone()}
-    try:
-        with torch.no_grad(), probe.preserved_random_state(), torch.autocast("cpu", enabled=False):
-            for current in gate.graph.nodes:
-                if current in inside:
-                    args, kwargs = fx.map_arg((current.args, current.kwargs), values.__getitem__)
-                    values[current] = (
-                        getattr(args[0], current.target)(*args[1:], **kwargs)
-                        if current.op == "call_method"
-                        else current.target(*args, **kwargs)
-                    )
-            result = values[node]
-            if not isinstance(result, Tensor) or result.dtype != grid.dtype or result.shape != grid.shape:
-                return None
-            for name, (function, _) in ACTIVATIONS.items():
-                if torch.allclose(result, function(grid), rtol=1e-8, atol=1e-8):
-                    return name
-    except Exception:  # an operator that needs its own shapes or devices is no activation that we know
-        return None
-    return None
 
 
 def _projection(node: Any, role: str) -> tuple[tuple[fx.Node, Any, Any], list[fx.Node]]:
     """Input, weight and bias of the linear layer whose output, or half of it, the node is; and the nodes down to it."""
-    if _is(node, _LINEAR):
-        return (node.args[0], _argument(node, 1, "weight"), _argument(node, 2, "bias")), [node]
-    if _is(node, (operator.getitem,)) and node.args[1] in (0, 1):
+    if is_function(node, LINEAR):
+        return (node.args[0], argument(node, 1, "weight"), argument(node, 2, "bias")), [node]
+    if is_function(node, (operator.getitem,)) and node.args[1] in (0, 1):
         halves = node.args[0]
-        cut = _is(halves, _HALVES) or _is_method(halves, "chunk", "split")
+        cut = is_function(halves, _HALVES) or is_method(halves, "chunk", "split")
         linear = halves.args[0] if cut else None
-        pieces = _value(halves)
+        pieces = example(halves)
         in_two = isinstance(pieces, (tuple, list)) and len(pieces) == 2 and pieces[0].shape == pieces[1].shape
-        if in_two and linear is not None and _is(linear, _LINEAR) and 2 * pieces[0].shape[-1] == _value(linear).shape[-1]:
-            x, weight, bias = linear.args[0], _argument(linear, 1, "weight"), _argument(linear, 2, "bias")
+        if (
+            in_two
+            and linear is not None
+            and is_function(linear, LINEAR)
+            and 2 * pieces[0].shape[-1] == example(linear).shape[-1]
+        ):
+            x, weight, bias = linear.args[0], argument(linear, 1, "weight"), argument(linear, 2, "bias")
             index = node.args[1]
             return (x, _Half(weight, index), None if bias is None else _Half(bias, index)), [node, halves, linear]
     raise _LeaveError(f"its {role} is not the output of a linear layer alone (an adapter, or shared out between devices)")
@@ -244,11 +174,11 @@ def _down(product: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     node = product
     while len(node.users) == 1:
         (user,) = node.users
-        if _is(user, _LINEAR) and user.args[0] is node:
+        if is_function(user, LINEAR) and user.args[0] is node:
             return user, between
-        if not _is(user, (F.dropout, torch.dropout)):
+        if not is_function(user, (F.dropout, torch.dropout)):
             break
-        chance, training = _argument(user, 1, "p"), _argument(user, 2, "training")
+        chance, training = argument(user, 1, "p"), argument(user, 2, "training")
         if chance != 0 and training is not False:
             raise _LeaveError("dropout between the product and the projection down")
         between.append(user)
@@ -263,7 +193,7 @@ def _only_users(inside: set[fx.Node], down: fx.Node) -> None:
 
 
 def _check_values(x: Any, *tensors: Any) -> None:
-    values = [_value(t) for t in (x, *tensors) if t is not None]
+    values = [example(t) for t in (x, *tensors) if t is not None]
     if any(not isinstance(v, Tensor) for v in values):
         raise _LeaveError("its shapes are not known")
     if any(is_traceable_wrapper_subclass(v) for v in values):
@@ -277,5 +207,5 @@ def _check_values(x: Any, *tensors: Any) -> None:
         raise _LeaveError(f"its dtypes are {', '.join(dict.fromkeys(str(v.dtype) for v in values))}")
     if not any(v.requires_grad for v in values):
         raise _LeaveError("nothing of it has a gradient")
-    if any(_is_method(user, "add_", "mul_", "sub_", "div_", "copy_", "zero_", "fill_") for user in x.users):
+    if any(is_method(user, *WRITES) for user in x.users):
         raise _LeaveError("its input is written to")
