@@ -212,14 +212,16 @@ class Sweep:
 
 _HALF, _FULL = torch.bfloat16, torch.float32
 SWEEPS = [
-    *(Sweep("rms_norm", "backward", 32768, width, _FULL, behind=True) for width in (4096, 2048, 1024)),
-    Sweep("rms_norm", "backward", 4096, 4096, _FULL, behind=True),
-    *(Sweep("layer_norm", "backward", 32768, width, _FULL, behind=True) for width in (768, 4096)),
-    *(Sweep("layer_norm", "backward", rows, 16384, _FULL, behind=True) for rows in (4096, 32768)),
     *(Sweep("layer_norm", "forward", 32768, 16384, dtype, behind=True) for dtype in (_HALF, _FULL)),
-    *(Sweep("layer_norm", "forward", 4096, 16384, dtype, behind=True) for dtype in (_HALF, _FULL)),
-    *(Sweep("layer_norm", "forward", 4096, width, _HALF, behind=True) for width in (8192, 4096)),
-    Sweep("layer_norm", "backward", 4096, 16384, _HALF, 77),
+    *(
+        Sweep("layer_norm", kind, 4096, 16384, dtype, behind=True)
+        for kind in ("forward", "backward")
+        for dtype in (_HALF, _FULL)
+    ),
+    *(Sweep("layer_norm", kind, 4096, 4097, _FULL, behind=True) for kind in ("forward", "backward")),
+    *(Sweep("rms_norm", "backward", 32768, width, _FULL, share) for width, share in ((4096, 99), (2048, 97), (1024, 89))),
+    Sweep("rms_norm", "backward", 4096, 4096, _FULL, 91),
+    *(Sweep("layer_norm", "backward", 32768, width, _FULL, share) for width, share in ((768, 91), (4096, 100))),
     Sweep("layer_norm", "backward", 32768, 16384, _HALF, 88),
     Sweep("layer_norm", "forward", 32768, 4097, _HALF, 92),
     Sweep("rms_norm", "forward", 16384, 8191, _HALF, 95),
@@ -291,10 +293,15 @@ def _others(job: Sweep, chosen: Any, processors: int, shared: int) -> dict[str, 
         near += [dataclasses.replace(chosen, stages=n, early=early) for n in sorted(stages) for early in (False, True)]
     if job.op == "layer_norm" and not chosen.programs:
         near += [dataclasses.replace(tile, joined=not tile.joined) for tile in near if tile.rows == 1]
+        if job.width > 8192 and not chosen.ragged:
+            # Walks that keep weight and bias in registers, as those over ragged rows do; a program a multiprocessor.
+            walk = dataclasses.replace(chosen, rows=1, programs=processors, ragged=True, joined=False)
+            near += [dataclasses.replace(walk, warps=warps, ahead=ahead) for warps in (8, 16) for ahead in (0, 1)]
     names = {
         tile: f"{tile.rows} rows, {tile.warps} warps, {tile.programs} programs, {tile.stages} stages, {tile.ahead} ahead, "
         + ("early" if tile.early else "in turn")
         + (", joined" if tile.joined and tile.rows == 1 else "")
+        + (", cut" if tile.ragged and not chosen.ragged else "")
         for tile in near
     }
     return {name: tile for tile, name in names.items() if tile != chosen}
