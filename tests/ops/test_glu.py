@@ -62,7 +62,8 @@ def test_public_names_are_the_modules_products(device: str) -> None:
         (geglu(gate, up, "tanh"), "gelu_pytorch_tanh"),
         (geglu(gate, up, approximate="tanh"), "gelu_new"),
     ):
-        torch.testing.assert_close(result, ACT2FN[name](gate) * up, rtol=1e-5, atol=1e-6)
+        exact = ACT2FN[name](gate.double()) * up.double()
+        assert_close_to_reference(result, ACT2FN[name](gate) * up, exact, name)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -70,13 +71,16 @@ def test_public_names_are_the_modules_products(device: str) -> None:
 @pytest.mark.parametrize("gate_dtype", [*DTYPES, torch.float64])
 def test_mixed_dtypes_promote_as_torch_does(gate_dtype: torch.dtype, up_dtype: torch.dtype, device: str) -> None:
     gate, up = drawer(gate_dtype, device, 1)(6, 64).requires_grad_(), drawer(up_dtype, device, 2)(6, 64).requires_grad_()
-    expected, result = F.silu(gate) * up, swiglu(gate, up)
+    wide = [x.detach().double().requires_grad_() for x in (gate, up)]
+    expected, result, exact = F.silu(gate) * up, swiglu(gate, up), F.silu(wide[0]) * wide[1]
     assert result.dtype == expected.dtype
-    ulp = max(torch.finfo(d).eps for d in (gate_dtype, up_dtype))
-    torch.testing.assert_close(result.double(), expected.double(), rtol=4 * ulp, atol=0)
-    for mine, theirs in zip(*(torch.autograd.grad(t.sum(), (gate, up)) for t in (result, expected)), strict=True):
+    assert_close_to_reference(result, expected, exact)
+    ours, plain_ones, truths = (
+        torch.autograd.grad(y.sum(), leaves) for y, leaves in ((result, (gate, up)), (expected, (gate, up)), (exact, wide))
+    )
+    for mine, theirs, truth in zip(ours, plain_ones, truths, strict=True):
         assert mine.dtype == theirs.dtype
-        torch.testing.assert_close(mine.double(), theirs.double(), rtol=8 * ulp, atol=8 * ulp)
+        assert_close_to_reference(mine, theirs, truth)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -127,12 +131,13 @@ def test_merged_projections(gate_first: bool, device: str) -> None:
 def test_gradients_of_gradients_in_float32(device: str) -> None:
     draw = drawer(torch.float32, device)
     leaves = [draw(4, 9).requires_grad_() for _ in range(2)]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
     results = []
-    for function in (swiglu, plain("silu")):
-        first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
-        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    for function, given in ((swiglu, leaves), (plain("silu"), leaves), (plain("silu"), wide)):
+        first = torch.autograd.grad(function(*given).square().sum(), given, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), given))
+    for mine, theirs, exact in zip(*results, strict=True):
+        assert_close_to_reference(mine, theirs, exact)
 
 
 def test_nothing_but_the_inputs_is_saved() -> None:

@@ -88,8 +88,8 @@ def test_dtypes_are_those_of_the_modules_it_replaces(dtype: torch.dtype, weight_
             expected = module(x)
             result = rms_norm(x, module.weight, eps=EPS, **options)
         assert result.dtype == expected.dtype, make.__name__
-        ulp = max(torch.finfo(d).eps for d in (dtype, weight_dtype, expected.dtype))
-        torch.testing.assert_close(result.double(), expected.double(), rtol=4 * ulp, atol=0)
+        exact = op.rms_norm_reference(x.double(), weight.double(), None, EPS, options.get("weight_offset", 0.0), None)[0]
+        assert_close_to_reference(result, expected, exact, make.__name__)
 
 
 @pytest.mark.parametrize("device", DEVICES)
