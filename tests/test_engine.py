@@ -412,3 +412,14 @@ def test_the_compiler_starts_before_the_plan_is_made(
     with pytest.raises(PlanError, match="enough seen"):
         oslo_fusion.initialize(nn.Linear(2, 2), {"kernel_fusion": block})
     assert done == expected
+
+
+def test_a_compiler_that_cannot_be_loaded_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ImportError("cannot import name 'language' from 'triton'")
+
+    monkeypatch.setattr(room, "load_inductor", broken)
+    monkeypatch.setattr(room, "placement", lambda _: (torch.device("cuda"), torch.float32))
+    monkeypatch.setattr(Environment, "inductor", lambda *_: Ability("Inductor", True, "here"))
+    model = nn.Linear(2, 2)
+    assert oslo_fusion.initialize(model, {"kernel_fusion": {"enable": True, "memory_efficient_fusion": True}}) is model

@@ -78,7 +78,7 @@ class Backend:
         activation_memory_budget: 1 keeps what min-cut finds fastest, 0 recomputes everything in the backward but what is
             random, as checkpointing the whole graph would; between them the dearest to recompute is kept, up to this share of
             memory. Up to a quarter, our kernel computes the backward of cuDNN's attention where key-value heads are shared,
-            without a workspace; and gated MLPs have their backward in parts, unless there are replacements, of which one may
+            without a workspace, and gated MLPs have their backward in parts; unless there are replacements, of which one may
             be part of them. At every budget, and under the same condition, GELU's gradient and that of the bias before it
             are one kernel. Our attention writes gradients side by side where they would be concatenated.
         passes: called in order with each graph of ATen and ``oslo_fusion::`` operators, forward and backward apart, just
@@ -129,8 +129,8 @@ class Backend:
             # dropout on one core: 46 → 36 ms, uncompiled 41), and drops what the uncompiled model would.
             patches["fallback_random"] = True
         start = time.perf_counter()
-        spares = self.activation_memory_budget <= CUT_AT
-        parts = cut_gated_mlps(graph) if spares and not self._replaces else Parts()
+        spares = self.activation_memory_budget <= CUT_AT and not self._replaces
+        parts = cut_gated_mlps(graph) if spares else Parts()
         workspaces = spare_cudnn_workspaces(graph) if spares else 0
         fused = 0 if self._replaces else fuse_feed_forwards(graph)
         # At exactly 0 the partitioner forgets what must be kept; the smallest budget above it gives the same otherwise.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from oslo_fusion.aot.nodes import example
@@ -32,7 +33,6 @@ def spare_cudnn_workspaces(graph: fx.GraphModule) -> int:
                 _replace(graph.graph, node, given)
                 spared += 1
     if spared:
-        graph.graph.eliminate_dead_code()
         graph.recompile()
     return spared
 
@@ -53,7 +53,7 @@ def _arguments(node: fx.Node) -> tuple[Any, ...] | None:
 
 
 def _gains(given: tuple[Any, ...]) -> bool:
-    *nodes, scale, _ = given
+    *nodes, scale, causal = given
     values: list[Any] = [example(node) for node in nodes]
     if not all(isinstance(x, Tensor) for x in values) or any(map(is_traceable_wrapper_subclass, values)):
         return False
@@ -65,6 +65,8 @@ def _gains(given: tuple[Any, ...]) -> bool:
         and q.shape[1] > k.shape[1]
         and isinstance(q.shape[-1], int)
         and q.shape[-1] == v.shape[-1] <= _WIDEST
+        # With other lengths the flag means another mask to cuDNN than to us.
+        and (causal is False or statically_known_true(q.shape[2] == k.shape[2]))
     )
 
 

@@ -17,7 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from oslo_fusion.aot.nodes import ADDMM, LINEAR, VIEWS, WRITES, activation, argument, example, is_function, is_method
+from oslo_fusion.aot.nodes import (
+    ADDMM,
+    LINEAR,
+    VIEWS,
+    WRITES,
+    activation,
+    argument,
+    erase_unused,
+    example,
+    is_function,
+    is_method,
+)
 from oslo_fusion.ops.feed_forward import GELUS, feed_forward
 
 IN_COMPILED_LAYERS = True
@@ -55,16 +66,16 @@ class _Layer:
 
 def fuse_feed_forwards(graph: fx.GraphModule) -> int:
     """Replace every site in the graph, in place, and count them."""
-    fused = 0
+    replaced: list[fx.Node] = []
     if IN_COMPILED_LAYERS and torch.is_grad_enabled():
         for node in list(graph.graph.nodes):
             out = _layer(node)
-            if out is not None:
-                fused += _fuse(graph.graph, out)
-    if fused:
-        graph.graph.eliminate_dead_code()
+            if out is not None and _fuse(graph.graph, out):
+                replaced.append(out.node)
+    if replaced:
+        erase_unused(replaced)
         graph.recompile()
-    return fused
+    return len(replaced)
 
 
 def _layer(node: Any) -> _Layer | None:
@@ -101,7 +112,6 @@ def _fuse(graph: fx.Graph, out: _Layer) -> bool:
         new = graph.call_function(feed_forward, (first.x, weights[0], first.bias, weights[1], out.bias, formula))
     new.meta.update(out.node.meta)
     out.node.replace_all_uses_with(new)
-    graph.erase_node(out.node)
     return True
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from oslo_fusion.aot.nodes import LINEAR, WRITES, activation, argument, example, is_function, is_method
+from oslo_fusion.aot.nodes import LINEAR, WRITES, activation, argument, erase_unused, example, is_function, is_method
 from oslo_fusion.ops.gated_mlp import gated_mlp
 from oslo_fusion.ops.glu import DTYPES
 
@@ -48,27 +48,28 @@ class _LeaveError(Exception):
 
 def cut_gated_mlps(graph: fx.GraphModule) -> Parts:
     """Replace every site in the graph, in place."""
-    cut, whole = 0, []
+    whole, replaced = [], list[fx.Node]()
     if torch.is_grad_enabled():
         for node in list(graph.graph.nodes):
             try:
-                cut += _cut(graph.graph, node)
+                down = _cut(graph.graph, node)
             except _LeaveError as reason:
                 whole.append(str(reason))
-    if cut:
+            else:
+                replaced += [down] if down is not None else []
+    if replaced:
+        erase_unused(replaced)
         for node in list(graph.graph.nodes):
             _write_residual(node)
-        graph.graph.eliminate_dead_code()
         graph.recompile()
-    return Parts(cut, tuple(dict.fromkeys(whole)))
+    return Parts(len(replaced), tuple(dict.fromkeys(whole)))
 
 
-def _cut(graph: fx.Graph, product: fx.Node) -> bool:
-    if not _is_product(product):
-        return False
-    found = _activated(product)
+def _cut(graph: fx.Graph, product: fx.Node) -> fx.Node | None:
+    """Put the operator in place of a product's MLP. Its last layer, which nobody reads any more; None without a site."""
+    found = _activated(product) if _is_product(product) else None
     if found is None:
-        return False
+        return None
     gate, formula, inside, up = found
     (x, gate_weight, gate_bias), between = _projection(gate, "gate")
     (also_x, up_weight, up_bias), more = _projection(up, "up")
@@ -84,8 +85,7 @@ def _cut(graph: fx.Graph, product: fx.Node) -> bool:
         new = graph.call_function(gated_mlp, (*given, formula))
     new.meta.update(down.meta)
     down.replace_all_uses_with(new)
-    graph.erase_node(down)
-    return True
+    return down
 
 
 def _activated(product: fx.Node) -> tuple[fx.Node, str, list[fx.Node], Any] | None:
@@ -95,7 +95,7 @@ def _activated(product: fx.Node) -> tuple[fx.Node, str, list[fx.Node], Any] | No
         found = activation(act)
         if found is not None:
             return *found, up
-    if any(is_function(act, _NAMED) and isinstance(act.args[0], fx.Node) for act in factors):
+    if any(is_function(act, _NAMED) and isinstance(argument(act, 0, "input"), fx.Node) for act in factors):
         raise _LeaveError("its gate is not the output of a linear layer alone (an adapter, or shared out between devices)")
     return None
 

@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from oslo_fusion.aot.nodes import erase_unused, writes
 from oslo_fusion.ops.attention import ATTENTION, UNLIMITED, Extras, Options
 from oslo_fusion.ops.attention_backends import run_masked
 
-_IN_PLACE = frozenset({"iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift"})
-_IN_PLACE |= {"isub", "itruediv", "ixor", "setitem"}
 _RANDOM = ("rand", "bernoulli", "dropout", "multinomial", "normal", "poisson")
 _LARGEST = 1 << 28  # elements that are made to be looked at
 _MASK, _CAUSAL = "attn_mask", "is_causal"
@@ -45,7 +44,7 @@ def simplify_masks(graph: fx.GraphModule) -> int:
         How many attentions have no mask any more.
     """
     known: dict[fx.Node, str | None] = {}
-    count = 0
+    replaced: list[fx.Node] = []
     for node in list(graph.graph.nodes):
         mask = _mask_of(node)
         if mask is None:
@@ -54,11 +53,11 @@ def simplify_masks(graph: fx.GraphModule) -> int:
             known[mask] = _meaning(mask)
         meaning = known[mask]
         if meaning is not None and _set(node, causal=meaning == _CAUSAL):
-            count += 1
-    if count:
-        graph.graph.eliminate_dead_code()
+            replaced.append(mask)
+    if replaced:
+        erase_unused(replaced)
         graph.recompile()
-    return count
+    return len(replaced)
 
 
 def _mask_of(node: fx.Node) -> fx.Node | None:
@@ -139,7 +138,7 @@ def _made_of(mask: fx.Node) -> list[fx.Node] | None:
         node = waiting.pop()
         if node in needed:
             continue
-        if node.op not in ("call_function", "call_method") or _has_effect(node) or any(map(_writes, node.users)):
+        if node.op not in ("call_function", "call_method") or _has_effect(node) or any(map(writes, node.users)):
             return None
         needed.add(node)
         waiting += node.all_input_nodes
@@ -147,14 +146,6 @@ def _made_of(mask: fx.Node) -> list[fx.Node] | None:
 
 
 def _has_effect(node: fx.Node) -> bool:
-    """vmap's levels, contexts, random numbers; and what :func:`_writes`."""
+    """vmap's levels, contexts, random numbers; and what writes."""
     module, name = getattr(node.target, "__module__", None) or "", getattr(node.target, "__name__", str(node.target))
-    return "functorch" in module or name.startswith((*_RANDOM, "_enter", "_exit")) or _writes(node)
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether a node changes one of its arguments."""
-    name = getattr(node.target, "__name__", str(node.target))
-    if getattr(node.target, "__module__", None) == "_operator":
-        return name in _IN_PLACE
-    return name.endswith("_") and not name.endswith("__")
+    return "functorch" in module or name.startswith((*_RANDOM, "_enter", "_exit")) or writes(node)

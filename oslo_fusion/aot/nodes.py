@@ -1,13 +1,14 @@
 """Nodes of the graphs that Dynamo hands to a backend: what passes over these graphs ask of them.
 
-An activation is recognised by its values, however it is written.
+An activation is recognised by its values, however it is written. These graphs write in place, which ``fx`` takes for dead code
+where nobody reads the result: passes erase what they have replaced (:func:`erase_unused`) and nothing else.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ LINEAR = (F.linear, torch._C._nn.linear)
 ADDMM = (torch.addmm,)
 VIEWS = ("view", "reshape")
 WRITES = ("add_", "mul_", "sub_", "div_", "copy_", "zero_", "fill_")
+_IN_PLACE = frozenset({"iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift"})
+_IN_PLACE |= {"isub", "itruediv", "ixor", "setitem"}
 _LONGEST = 16  # operators of an activation: transformers' spelling of the tanh form has eight
 
 
@@ -42,6 +45,29 @@ def argument(node: fx.Node, position: int, name: str) -> Any:
 def example(node: object) -> Any:
     """What a node returns, as a tensor without memory; None for what is no node, or has none."""
     return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a node changes one of its arguments."""
+    if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
+        return True
+    name = getattr(node.target, "__name__", str(node.target))
+    if getattr(node.target, "__module__", None) == "_operator":
+        return name in _IN_PLACE
+    return name.endswith("_") and not name.endswith("__")
+
+
+def erase_unused(nodes: Iterable[fx.Node]) -> None:
+    """Erase those of the nodes that nobody reads, then what of their inputs nobody reads any more; but nothing that writes."""
+    waiting, erased = list(nodes), set()
+    while waiting:
+        node = waiting.pop()
+        kept = node in erased or node.users or node.op in ("placeholder", "output")
+        if kept or node.is_impure() or (node.op in ("call_function", "call_method") and writes(node)):
+            continue
+        waiting += node.all_input_nodes
+        erased.add(node)
+        node.graph.erase_node(node)
 
 
 def activation(node: Any) -> tuple[fx.Node, str, list[fx.Node]] | None:

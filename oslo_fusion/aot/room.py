@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from oslo_fusion.environment import Environment
 from oslo_fusion.graphs import TrainingGraphs
 from oslo_fusion.plan import NOTHING_TAKEN, Proposal, Site, Swap, Taken, leave
 
+_log = logging.getLogger("oslo_fusion")
 LAYER, WHOLE = "repeated layer", "whole forward"
 COMPILER = "inductor"
 """What makes code of the partitioned graphs; tests take ``eager`` where it is not Inductor that they are about."""
@@ -65,10 +67,16 @@ class AotPass:
 
 
 def start_compiler(model: nn.Module, config: FusionConfig, environment: Environment) -> None:
-    """Start what the first step would wait for, where it will compile for a GPU; a plan takes as long as that."""
+    """Import Inductor, and let it start its compiling processes while the plan is made, where layers will run on a GPU.
+
+    The first step would wait for both. If they fail it says so, and the model runs uncompiled.
+    """
     where = placement(model) if config.aot is not None else None
     if where is not None and where[0].type == "cuda" and environment.inductor("cuda").available:
-        load_inductor()
+        try:
+            load_inductor()
+        except Exception as error:
+            _log.info("Inductor could not be started before the first step: %s", error)
 
 
 def _propose_layer(layer: Repeated, kind: int, programs: Programs, environment: Environment, different: str | None) -> Proposal:

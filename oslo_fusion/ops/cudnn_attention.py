@@ -45,16 +45,26 @@ def _check(q: Tensor) -> None:
         raise ConfigError(f"{NAME}: q: received {q.dtype}. Allowed: half and bfloat16. Remedy: q.bfloat16(), or attention().")
 
 
+def _check_lengths(q: Tensor, k: Tensor, causal: bool) -> None:
+    """Not in the fake, where they may be symbols. With other lengths cuDNN's flag means another mask than ours."""
+    if causal and q.shape[2] != k.shape[2]:
+        raise ConfigError(
+            f"{NAME}: causal: received True with {q.shape[2]} queries and {k.shape[2]} keys. Allowed: as many of both. Remedy: "
+            "attention(), whose last query stands at the last key."
+        )
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """Where there is no GPU the reference computes it."""
     _check(q)
+    _check_lengths(q, k, causal)
     if not q.is_cuda:
         arguments: tuple[Any, ...] = (*_NO_EXTRAS, *_options(scale, causal))
         return attention_reference(q, k, v, *arguments)[:2]
     out, logs = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
         q, k, v, None, True, 0.0, causal, False, scale=scale
     )[:2]
-    return out, logs.squeeze(-1) * _BASE
+    return out, (logs.squeeze(-1) * _BASE).contiguous()  # how they lie is torch's choice
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -110,7 +120,7 @@ def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool)
         The shape and dtype of ``q``.
 
     Raises:
-        ConfigError: ``q`` is not of half precision.
+        ConfigError: ``q`` is not of half precision; or ``causal`` with other numbers of queries and keys.
         RuntimeError: cuDNN does not take it; or a second derivative is wanted.
     """
     out: Tensor = CUDNN_ATTENTION(q, k, v, scale, causal)[0]

@@ -46,8 +46,8 @@ class RowBlocks:
         ahead: how much of the next row is loaded into registers while a row is computed: its parts in a wide backward, its
             middle (1) in a forward over ragged rows.
         ragged: the row is cut at 16-byte borders (``ragged_rows.py``); then ``rows`` is 1 and ``columns`` holds the middle.
-        early: a walk may be launched before the kernel before it is over (:func:`oslo_fusion.triton.launch.chain`), because no
-            more programs fit on a multiprocessor than are meant for it.
+        early: a backward's walk may be launched before the kernel before it is over (:func:`oslo_fusion.triton.launch.chain`),
+            because no more programs fit on a multiprocessor than are meant for it.
         joined: layer norm's forward joins what warps have made of their own numbers, see :func:`joined_warps`.
     """
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from oslo_fusion.aot import Backend, backend
+from oslo_fusion.aot import Backend, Replacement, backend
 from oslo_fusion.aot.cudnn_workspaces import spare_cudnn_workspaces
 from oslo_fusion.aot.masks import keep_masks_in_sight
 from oslo_fusion.ops.attention import attention
-from oslo_fusion.ops.attention_backends import CUDNN, FLASH, run, run_masked
+from oslo_fusion.ops.attention_backends import CUDNN, FLASH, OURS, run, run_masked
 
 BATCH, HEADS, TOKENS, DIM = 2, 4, 9, 16
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -40,6 +40,19 @@ def by_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return run(FLASH, q, k, v, scale=0.3, causal=True)
 
 
+def other_lengths(causal: bool) -> Attend:
+    return lambda q, k, v: run(CUDNN, q, k, v, scale=0.3, causal=causal)
+
+
+def masked_elsewhere(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Without its mask another backend computes it."""
+    return run_masked(q, k, v, None, True, CUDNN, OURS, 0.3, 0.0)
+
+
+def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(attend(q, k, v), k, v)
+
+
 def leaves(kv_heads: int = 1, dim: int = DIM, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     torch.manual_seed(0)
     drawn = [torch.randn(BATCH, TOKENS, h, dim, device=device, dtype=dtype) for h in (HEADS, kv_heads, kv_heads)]
@@ -56,6 +69,7 @@ def spared(call: Attend, given: list[Tensor]) -> int:
         return lambda *inputs: [torch.zeros_like(given[0])]
 
     torch._dynamo.reset()
+    keep_masks_in_sight()
     torch.compile(call, backend=look, fullgraph=True)(*given)
     (count,) = found
     return count
@@ -92,17 +106,48 @@ def test_gradients_and_the_row(call: Attend, budget: float) -> None:
         (attend, [x.detach() for x in leaves()], 0),
         (under_a_mask, leaves(), 0),
         (with_dropout, leaves(), 0),
-        (by_flash, leaves(HEADS), 0),
+        (by_flash, leaves(), 0),
+        (other_lengths(causal=False), [leaves()[0], *(x[:, :, :5] for x in leaves()[1:])], 1),
+        (other_lengths(causal=True), [leaves()[0], *(x[:, :, :5] for x in leaves()[1:])], 0),
+        (masked_elsewhere, leaves(), 0),
+        (twice, leaves(), 2),
     ],
-    ids=["shared", "by two", "not shared", "64", "128", "no gradient", "mask", "dropout", "flash"],
+    ids=[
+        "shared",
+        "by two",
+        "not shared",
+        "64",
+        "128",
+        "no gradient",
+        "mask",
+        "dropout",
+        "flash",
+        "other lengths",
+        "other lengths, causal",
+        "masked by flash",
+        "twice",
+    ],
 )
 def test_what_is_spared(call: Attend, given: list[Tensor], found: int) -> None:
     assert spared(call, given) == found
 
 
 def test_none_without_gradients() -> None:
+    def without_a_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return run_masked(q, k, v, None, True, CUDNN, CUDNN, 0.3, 0.0)
+
+    assert spared(without_a_mask, leaves()) == 1
     with torch.no_grad():
-        assert spared(attend, leaves()) == 0
+        assert spared(without_a_mask, leaves()) == 0
+
+
+def test_none_where_there_are_replacements(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(backend, "spare_cudnn_workspaces", lambda _: asked.append(1) or 0)
+    sine = Replacement(lambda x: torch.sin(x), lambda x: torch.sin(x), (torch.randn(3),), gradient=False)
+    torch._dynamo.reset()
+    torch.compile(lambda x: torch.cos(x) * 2, backend=Backend(0.0, replacements=[sine]))(torch.randn(3))
+    assert not asked
 
 
 @pytest.mark.parametrize(("budget", "spares"), [(0.0, True), (0.25, True), (0.3, False), (1.0, False)])

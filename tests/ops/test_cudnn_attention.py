@@ -86,6 +86,11 @@ def test_single_precision_is_an_error() -> None:
         cudnn_attention(*tensors("shared", torch.float32), 0.3, True)
 
 
+def test_a_causal_mask_of_other_lengths_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"causal: received True with 5 queries and 12 keys\. .*Remedy: attention\(\)"):
+        cudnn_attention(*tensors("other keys", torch.bfloat16), 0.3, True)
+
+
 def test_a_second_derivative_is_an_error() -> None:
     q, k, v = (x.requires_grad_() for x in tensors("shared", torch.bfloat16))
     with pytest.raises(RuntimeError, match=r"cudnn_attention: has no second derivative\. Remedy: create_graph=False"):
