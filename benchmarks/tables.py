@@ -382,7 +382,8 @@ def _training(results: Sequence[Result], link: Callable[[Path], str]) -> list[st
 
 def _training_legend(sections: Sequence[Data], profiled: bool) -> Iterator[str]:
     yield "Wall clock with a synchronize per step; every provider in a process of its own, timed in turn."
-    yield "*Initialize*: what oslo_fusion plans and proves before; *first step*: the first that was finished, with compilation."
+    yield "*Initialize*: what oslo_fusion plans and proves before, since commit `29602b0` with the compiler's import;"
+    yield "*first step*: the first that was finished, with compilation."
     cold = dict.fromkeys(row["provider"] for section in sections for row in section["rows"] if row.get("cold"))
     if cold:
         yield f"All caches were empty for {', '.join(cold)}; the others had what these left."

@@ -21,13 +21,13 @@ from oslo_fusion.aot.nodes import (
     ADDMM,
     LINEAR,
     VIEWS,
-    WRITES,
     activation,
     argument,
     erase_unused,
     example,
     is_function,
     is_method,
+    writes,
 )
 from oslo_fusion.ops.feed_forward import GELUS, feed_forward
 
@@ -148,7 +148,7 @@ def _is_rows(node: Any) -> bool:
 def _gains(first: _Layer, out: _Layer) -> bool:
     """Whether the kernel can be used and all that it makes is wanted."""
     x = first.x
-    if first.bias is None or any(is_method(user, *WRITES) for n in (x, _without_views(x)[0]) for user in n.users):
+    if first.bias is None or any(map(writes, (*x.users, *_without_views(x)[0].users))):
         return False
     tensors = (x, first.weight, first.bias, out.weight, out.bias)
     h, given = example(first.node), [example(n) for n in tensors if n is not None]

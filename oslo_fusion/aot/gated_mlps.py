@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from oslo_fusion.aot.nodes import LINEAR, WRITES, activation, argument, erase_unused, example, is_function, is_method
+from oslo_fusion.aot.nodes import LINEAR, activation, argument, erase_unused, example, is_function, is_method, writes
 from oslo_fusion.ops.gated_mlp import gated_mlp
 from oslo_fusion.ops.glu import DTYPES
 
@@ -48,15 +48,17 @@ class _LeaveError(Exception):
 
 def cut_gated_mlps(graph: fx.GraphModule) -> Parts:
     """Replace every site in the graph, in place."""
-    whole, replaced = [], list[fx.Node]()
+    whole: list[str] = []
+    replaced: list[fx.Node] = []
     if torch.is_grad_enabled():
         for node in list(graph.graph.nodes):
             try:
                 down = _cut(graph.graph, node)
             except _LeaveError as reason:
                 whole.append(str(reason))
-            else:
-                replaced += [down] if down is not None else []
+                continue
+            if down is not None:
+                replaced.append(down)
     if replaced:
         erase_unused(replaced)
         for node in list(graph.graph.nodes):
@@ -207,5 +209,5 @@ def _check_values(x: Any, *tensors: Any) -> None:
         raise _LeaveError(f"its dtypes are {', '.join(dict.fromkeys(str(v.dtype) for v in values))}")
     if not any(v.requires_grad for v in values):
         raise _LeaveError("nothing of it has a gradient")
-    if any(is_method(user, *WRITES) for user in x.users):
+    if any(map(writes, x.users)):
         raise _LeaveError("its input is written to")

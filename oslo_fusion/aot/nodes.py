@@ -21,7 +21,6 @@ from oslo_fusion.ops.glu import ACTIVATIONS
 LINEAR = (F.linear, torch._C._nn.linear)
 ADDMM = (torch.addmm,)
 VIEWS = ("view", "reshape")
-WRITES = ("add_", "mul_", "sub_", "div_", "copy_", "zero_", "fill_")
 _IN_PLACE = frozenset({"iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift"})
 _IN_PLACE |= {"isub", "itruediv", "ixor", "setitem"}
 _LONGEST = 16  # operators of an activation: transformers' spelling of the tanh form has eight
@@ -49,7 +48,10 @@ def example(node: object) -> Any:
 
 def writes(node: fx.Node) -> bool:
     """Whether a node changes one of its arguments."""
-    if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
+    code = getattr(node.target, "__code__", None)
+    names = code.co_varnames[: code.co_argcount] if code is not None else ()
+    place = names.index("inplace") if "inplace" in names else len(node.args)
+    if node.kwargs.get("out") is not None or argument(node, place, "inplace") is True:
         return True
     name = getattr(node.target, "__name__", str(node.target))
     if getattr(node.target, "__module__", None) == "_operator":

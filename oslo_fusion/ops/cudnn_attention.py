@@ -29,9 +29,9 @@ from oslo_fusion.ops.attention import (
     new_logsumexp,
     no_second_derivative,
 )
+from oslo_fusion.ops.attention_backends import HALF
 
 NAME = "cudnn_attention"
-_HALF = (torch.float16, torch.bfloat16)
 _NO_EXTRAS: tuple[Any, ...] = (None,) * len(Extras._fields)
 _BASE = 1 / math.log(2.0)
 
@@ -41,7 +41,7 @@ def _options(scale: float, causal: bool) -> Options:
 
 
 def _check(q: Tensor) -> None:
-    if q.dtype not in _HALF:
+    if q.dtype not in HALF:
         raise ConfigError(f"{NAME}: q: received {q.dtype}. Allowed: half and bfloat16. Remedy: q.bfloat16(), or attention().")
 
 

@@ -1,8 +1,11 @@
-"""What passes over Dynamo's graphs leave alone: what writes in place, though nobody reads its result."""
+"""What passes over Dynamo's graphs know of nodes, and leave alone: what writes in place, though nobody reads its result."""
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from oslo_fusion.aot import Backend, feed_forwards
-from oslo_fusion.aot.nodes import erase_unused
+from oslo_fusion.aot.nodes import erase_unused, writes
 from oslo_fusion.ops.attention import attention
 from oslo_fusion.ops.attention_backends import CUDNN, run
+from oslo_fusion.testing import assert_close_to_reference
 
 Site = Callable[[Tensor], Tensor]
 TOKENS, DIM = 8, 16
@@ -74,6 +78,9 @@ def test_what_writes_in_place_is_kept(
     monkeypatch.setattr(feed_forwards, "_DEVICE", "cpu")
     monkeypatch.setattr(feed_forwards, "FEWEST_ROWS", 2)
 
+    plain = plain or site
+    exact = copy.deepcopy(plain).double() if isinstance(plain, nn.Module) else plain
+
     def step(x: Tensor, steps: Tensor, kept: Tensor, site: Site = site) -> Tensor:
         steps.add_(1)
         torch.sum(x.detach(), dim=0, out=kept)
@@ -83,18 +90,67 @@ def test_what_writes_in_place_is_kept(
         return site(halved * 1.0)
 
     found, made = [], Backend(budget, compiler="eager")
-    for call in (torch.compile(step, backend=made, fullgraph=True), step):
-        x = torch.linspace(-2, 2, 2 * TOKENS * DIM).view(2, TOKENS, DIM).to(dtype).requires_grad_()
-        steps, kept = torch.zeros(1), torch.zeros(TOKENS, DIM, dtype=dtype)
-        more = {} if call is not step or plain is None else {"site": plain}
+    compiled = torch.compile(step, backend=made, fullgraph=True)
+    for call, more, wide in ((compiled, {}, False), (step, {"site": plain}, False), (step, {"site": exact}, True)):
+        x = torch.linspace(-2, 2, 2 * TOKENS * DIM).view(2, TOKENS, DIM).to(dtype)
+        x = (x.double() if wide else x).requires_grad_()
+        steps, kept = torch.zeros(1), torch.zeros_like(x[0])
         out = call(x, steps, kept, **more)
-        found.append([out, *torch.autograd.grad(out.float().square().sum(), x), steps, kept])
+        found.append([out, *torch.autograd.grad(out.sum(), x), kept, steps])
     torch._dynamo.reset()
-    assert float(found[0][2]) == 1
+    assert float(found[0].pop()) == 1
     (graph,) = made.record.graphs
     assert graph.parts + graph.feed_forwards + graph.workspaces == (site is not masked_attention)
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for what, ours, theirs, truth in zip(("out", "dx", "kept"), *found, strict=False):
+        assert_close_to_reference(ours, theirs, truth, what)
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "options", "expected"),
+    [
+        ("add_", (1,), {}, True),
+        (F.relu, (True,), {}, True),
+        (F.relu, (), {"inplace": True}, True),
+        (F.dropout, (0.1, True, True), {}, True),
+        (torch.relu_, (), {}, True),
+        (torch.sin, (), {"out": 0}, True),
+        (operator.iadd, (1,), {}, True),
+        (operator.setitem, (0, 1), {}, True),
+        ("add", (1,), {}, False),
+        (F.relu, (False,), {}, False),
+        (F.dropout, (0.1, True), {}, False),
+        (operator.add, (1,), {}, False),
+        (operator.getitem, (0,), {}, False),
+        ("__getitem__", (0,), {}, False),
+    ],
+)
+def test_what_writes(target: Any, arguments: tuple[Any, ...], options: dict[str, Any], expected: bool) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    call = graph.call_method if isinstance(target, str) else graph.call_function
+    assert writes(call(target, (x, *arguments), options)) == expected
+
+
+@pytest.mark.parametrize("site", [GatedMLP(), FeedForward().bfloat16()], ids=["gated_mlps", "feed_forwards"])
+@pytest.mark.parametrize("write", [lambda x: F.relu(x, True), lambda x: operator.iadd(x, 1.0)], ids=["relu", "iadd"])
+def test_a_site_whose_input_is_written_to_is_left(
+    site: nn.Module, write: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed_forwards, "_DEVICE", "cpu")
+    monkeypatch.setattr(feed_forwards, "FEWEST_ROWS", 2)
+    made, dtype = Backend(0.0, compiler="eager"), next(site.parameters()).dtype
+
+    def step(x: Tensor, site: nn.Module = site) -> Tensor:
+        y = x.detach() * 1.0
+        write(y)
+        return site(y)  # type: ignore[no-any-return]
+
+    torch._dynamo.reset()
+    x = torch.linspace(-2, 2, 2 * TOKENS * DIM).view(2, TOKENS, DIM).to(dtype)
+    ours, exact = torch.compile(step, backend=made, fullgraph=True)(x), step(x.double(), copy.deepcopy(site).double())
+    assert_close_to_reference(ours, step(x), exact)
+    (graph,) = made.record.graphs
+    assert graph.parts + graph.feed_forwards == 0
 
 
 def test_what_a_site_has_left_is_erased_and_nothing_else() -> None:

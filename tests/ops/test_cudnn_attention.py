@@ -75,7 +75,7 @@ def test_it_is_a_good_operator(case: str, device: str) -> None:
     torch.library.opcheck(CUDNN_ATTENTION, (*given, 0.3, False), test_utils=checks)
 
 
-def test_a_gradient_that_nobody_wants_costs_nothing() -> None:
+def test_logarithms_have_no_gradient() -> None:
     q, k, v = (x.requires_grad_() for x in tensors("shared", torch.bfloat16))
     logs = CUDNN_ATTENTION(q, k, v, 0.3, True)[1]
     assert not logs.requires_grad
