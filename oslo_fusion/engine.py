@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
+import torch
 from torch import nn
 
-from oslo_fusion import probe, surgery
+from oslo_fusion import probe, rehearsal, surgery
 from oslo_fusion.aot import start_compiler
 from oslo_fusion.config import KERNELS, FusionConfig, ParsedConfig, parse_config
+from oslo_fusion.decide import placement
 from oslo_fusion.environment import environment
 from oslo_fusion.errors import ConfigError, PlanError, RefusalError
-from oslo_fusion.passes import PASSES
+from oslo_fusion.passes import PASSES, REHEARSED
 from oslo_fusion.plan import FusionPlan, Proposal, Site
 from oslo_fusion.report import FusionReport, Verification
 
@@ -33,7 +37,10 @@ def plan(model: nn.Module, config: object) -> FusionPlan:
         ConfigError: the model is not a module or the configuration is unusable.
         PlanError: a pass claims a module that an earlier one has taken, or one module twice.
     """
-    return _plan(model, _parse(model, config))
+    parsed = _parse(model, config)
+    with _compiled_beside(model, parsed.fusion):
+        pass
+    return _plan(model, parsed)
 
 
 def _parse(model: object, config: object) -> ParsedConfig:
@@ -44,6 +51,40 @@ def _parse(model: object, config: object) -> ParsedConfig:
             "oslo_fusion.initialize(model, config)."
         )
     return parse_config(config)
+
+
+@contextlib.contextmanager
+def _compiled_beside(model: nn.Module, config: FusionConfig) -> Iterator[None]:
+    """Compile the kernels that the plan will launch, beside the body, and wait for them: what is timed then has the host alone.
+
+    Where that fails the plan is made as ever, and compiles them one after another.
+    """
+    placed = placement(model)
+    if placed is None or placed[0].type != "cuda" or not config.enable or rehearsal.processors() < 2:
+        yield
+        return
+    noted = rehearsal.Rehearsal()
+    try:
+        _rehearse(model, config, noted, placed[0])
+        yield
+        noted.finish()
+    except BaseException:
+        noted.abandon()
+        raise
+
+
+def _rehearse(model: nn.Module, config: FusionConfig, noted: rehearsal.Rehearsal, device: torch.device) -> None:
+    reserved = torch.cuda.memory_reserved(device)
+    taken: dict[str, Proposal] = {}
+    try:
+        with surgery.as_restored(model), rehearsal.under(noted):
+            for room in REHEARSED:
+                found = list(room.propose(model, config, environment(), taken))
+                taken.update({path: proposal for proposal in found for path in proposal.claims if path not in taken})
+    except Exception as error:
+        _log.info("the plan was not rehearsed to its end, and compiles the rest as it goes: %s", error)
+    if torch.cuda.memory_reserved(device) > reserved:
+        torch.cuda.empty_cache()  # how much is timed depends on what is free, and must not on the rehearsal
 
 
 def _plan(model: nn.Module, parsed: ParsedConfig) -> FusionPlan:
@@ -79,7 +120,8 @@ def initialize(model: nn.Module, config: object) -> nn.Module:
     After any error the model is as it was before the call.
     """
     parsed = _parse(model, config)
-    start_compiler(model, parsed.fusion, environment())  # while the plan is made
+    with _compiled_beside(model, parsed.fusion):
+        start_compiler(model, parsed.fusion, environment())
     planned = _plan(model, parsed)
     refused = [p for p in planned.proposals if p.outcome == "refused"]
     if refused and planned.config.on_refusal == "raise":

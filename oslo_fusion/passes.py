@@ -31,3 +31,10 @@ PASSES: tuple[Pass, ...] = (
     TorchScriptPass(),
     GenerationPass(),
 )
+
+REHEARSED: tuple[Pass, ...] = PASSES[:6]
+"""Those that prove and time single kernels, whose launches may be noted without being made (:mod:`oslo_fusion.rehearsal`).
+
+What takes the padding out computes places of tokens in a kernel and looks there, and must not find whatever memory held. The
+AOT and TorchScript rooms launch nothing of Triton's to plan; the last one a single kernel.
+"""
