@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from oslo_fusion import probe
 from oslo_fusion.config import FusionConfig
-from oslo_fusion.decide import HALF, Scope, Verdict, decide, placement, propose, random, refuse, signature
+from oslo_fusion.decide import HALF, Scope, Verdict, decide, placement, propose, random, refuse
 from oslo_fusion.environment import Environment
 from oslo_fusion.ops.kernels import choices, is_plain, missing
 from oslo_fusion.ops.rope import dense_strides, memory_order, rope, rope_reference
@@ -429,7 +429,7 @@ def _propose(path: str, module: nn.Module, function: FunctionType, scope: Scope)
         return refuse(ROOM, site, before, missing("rope", device.type, scope.config.kernel))
     if not convention.partial and sizes.rot_dim < sizes.dim:  # the part is cut out before the function is called
         sizes = Sizes(sizes.heads, sizes.kv_heads, sizes.rot_dim, sizes.rot_dim)
-    key = (KIND, convention, rotate, sizes, device, dtype, signature(module))
+    key = (KIND, convention, rotate, sizes, device, dtype)  # nothing of the module's own: layers differ in their number
     decision = _Decision(rotate, convention, sizes, device, dtype, scope.config.autotune)
     verdict, rotation = scope.once(key, decision.result)
     after = f"{before} with rope, one Triton kernel ({convention})"

@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oslo_fusion import extension, probe, surgery
+from oslo_fusion import extension, probe, surgery, timings
 from oslo_fusion.config import FusionConfig
 from oslo_fusion.decide import Scope
 from oslo_fusion.environment import environment
@@ -196,6 +197,7 @@ def test_a_forced_kernel_that_does_not_exist_is_refused_by_name() -> None:
 def test_without_the_extension_everything_works() -> None:
     code = """
 import sys
+from pathlib import Path
 sys.modules["oslo_fusion._C"] = None  # as if it had not been built
 import torch, oslo_fusion
 from oslo_fusion import models
@@ -239,6 +241,25 @@ def test_where_there_are_two_each_mode_and_dtype_has_the_faster(monkeypatch: pyt
     assert {case[0]: use.kernel for case, use in settings["inference"].items()} == {torch.float32: "cuda"}
     assert {use.kernel for use in settings["training"].values()} == {"triton"}
     assert {case[0] for case in settings["training"]} == {torch.float32, torch.bfloat16, torch.float16}
+
+
+def test_a_timing_serves_norms_of_every_eps(kernels_pretended: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def time_pair(key: Any, *_: Any, **__: Any) -> Timing:
+        asked.append(repr(key))
+        return Timing("float32", "1", 10.0, 5.0, 10.0, 5.0)
+
+    monkeypatch.setattr(probe, "time_pair", time_pair)
+    config = FusionConfig(enable=True, custom_cuda_kernels=("all",))
+    proposals = [row for eps in (1e-5, 1e-6) for row in rows(nn.RMSNorm(24, eps=eps), config)]
+    assert [row.swaps[0].settings["norm"].eps for row in proposals] == [1e-5, 1e-6]
+    assert len(asked) == 4
+    assert len(set(asked)) == 2
+    shipped = Path(timings.__file__).parent / "tables"
+    keys = [key for path in shipped.glob("*.json") for key in timings._read(path) if key.startswith(f"(({norm_sites.KIND!r}")]
+    assert keys
+    assert all(f"eps={norm_sites._TIMED_EPS}" in key for key in keys)
 
 
 def test_one_that_was_unpickled_where_its_kernel_is_not_is_the_original(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -541,6 +541,18 @@ def test_what_fails_under_the_law_is_refused(kernels_pretended: None, monkeypatc
     assert "computes something else in float32: output error" in rows(family("llama"))[0].reason
 
 
+def test_layers_that_differ_in_their_number_are_decided_for_once(
+    kernels_pretended: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decided: list[object] = []
+    result = rope_sites._Decision.result
+    monkeypatch.setattr(rope_sites._Decision, "result", lambda self: (decided.append(self), result(self))[1])
+    model = family("llama")
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1]
+    assert [row.outcome for row in rows(model)] == ["fused"] * 2
+    assert len(decided) == 1
+
+
 @pytest.mark.gpu
 def test_a_gpu_times_both_modes_and_says_the_figures() -> None:
     config = FusionConfig(enable=True, custom_cuda_kernels=("FusedRoPE",))
