@@ -41,8 +41,8 @@ Case = tuple[torch.dtype, torch.dtype | None]
 """Dtype of the input, and of autocast where that is on."""
 
 _TIMED_EPS = 1e-6
-"""Under which timings are filed, whatever a norm's is: no kernel knows it beforehand, and Llama's 1e-5 would find nothing that was
-shipped for 1e-6."""
+"""Under which timings are filed, whatever a norm's is: no kernel is compiled for it, and Llama's 1e-5 would find nothing that
+was shipped for 1e-6."""
 _LIKELY_EPS = ("variance_epsilon", "eps", "epsilon", "rms_norm_eps", "layer_norm_eps", "norm_eps")
 _PROVEN_ELEMENTS = 97 * 211
 

@@ -8,6 +8,7 @@ So the compiled kernel is kept under these.
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from oslo_fusion.rehearsal import THREAD
+from oslo_fusion.rehearsal import THREAD, Rehearsal
 
 _ALIGNMENT = 16
 _WIDE = 1 << 31
@@ -94,6 +95,30 @@ class _Pointer:
         return self._size  # looked at on AMD's
 
 
+def note(
+    rehearsal: Rehearsal, key: Hashable, jitted: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    """Have a kernel compiled beside that would now be launched on the current device.
+
+    Args:
+        rehearsal: that is under way.
+        key: the same for what is the same kernel to Triton.
+        jitted: what ``triton.jit`` made.
+        grid, arguments, options: of the launch.
+    """
+    device = torch._C._cuda_getDevice()
+    jitted.device_caches[device]  # made here: two threads would make two, and what one of them compiles would be lost
+    standing = tuple(_Pointer(x) if isinstance(x, Tensor) else x for x in arguments)
+    rehearsal.note(key, functools.partial(_compile, jitted, device, grid, standing, options))
+
+
+def _compile(jitted: Any, device: int, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """What Triton does at a first launch, but for the launch: it finds the kernel among its own then."""
+    with torch.cuda.device(device):
+        compiled = jitted.warmup(*arguments, grid=grid, **options)
+        compiled.run  # noqa: B018  # loads it, with a launcher that Triton 3.6 has the host's C compiler make
+
+
 class Kernel:
     """A jitted kernel whose parameters are, in this order: pointers, numbers, constants.
 
@@ -149,10 +174,8 @@ class Kernel:
         compiled = self._compiled.get(key)
         if THREAD.rehearsal is not None:
             if compiled is None:
-                arguments = (*(p if p is None else _Pointer(p) for p in pointers), *numbers, *constants)
                 options = self._options(constants, num_warps, registers)
-                self.jitted.device_caches[device]  # made here: two threads would make two, and one would be lost
-                THREAD.rehearsal.note((self, *key), functools.partial(self._compile, device, grid, arguments, options))
+                note(THREAD.rehearsal, (self, *key), self.jitted, grid, (*pointers, *numbers, *constants), options)
             return
         if compiled is None:
             options = self._options(constants, num_warps, registers)
@@ -168,9 +191,3 @@ class Kernel:
         if self._chain is not None and constants[self._chain] == 2:
             options["launch_pdl"] = True
         return options
-
-    def _compile(self, device: int, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """What Triton does at a first launch, but for the launch: it finds the kernel among its own then."""
-        with torch.cuda.device(device):
-            compiled = self.jitted.warmup(*arguments, grid=grid, **options)
-            compiled.run  # noqa: B018  # loads it, with a launcher that Triton 3.6 has the host's C compiler make

@@ -24,6 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from oslo_fusion.ops.no_repeat_ngram import NAME, _check
+from oslo_fusion.rehearsal import THREAD
+from oslo_fusion.triton.launch import note
+from oslo_fusion.triton.rows import on_device
 
 FUSED_COPY_TOKENS = 2048
 """Up to so many tokens the copy and the ban share a launch: 32,128 scores are 8 stretches, each reading the text again."""
@@ -299,12 +302,20 @@ def _arguments(
     return arguments, options, searched - (size if sizes is None else 1) + 1
 
 
+def _seen(argument: Any) -> Any:
+    """What triton may look at in an argument: where it does not, as in numbers that vary, a kernel is noted twice."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return argument if argument is None else (argument == 1, argument % 16 == 0)
+
+
 def _launch(kernel: Any, grid: tuple[int, int], scores: Tensor, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    if scores.is_cuda and scores.device.index != torch.cuda.current_device():
-        with torch.cuda.device(scores.device):
+    with on_device(scores):
+        if THREAD.rehearsal is not None and scores.is_cuda:
+            key = (kernel, scores.device, *map(_seen, arguments), *options.items())
+            note(THREAD.rehearsal, key, kernel, grid, arguments, options)
+        else:
             kernel[grid](*arguments, **options)
-    else:
-        kernel[grid](*arguments, **options)
 
 
 def launch_no_repeat_ngram_(

@@ -17,14 +17,15 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from oslo_fusion import rehearsal  # noqa: E402
-from oslo_fusion.triton import launch, rms_norm, rows  # noqa: E402
+from oslo_fusion.triton import launch, no_repeat_ngram, rms_norm, rows  # noqa: E402
 from oslo_fusion.triton import linear_cross_entropy as loss  # noqa: E402
-from oslo_fusion.triton.launch import Kernel  # noqa: E402
 
 WIDTH = 64
 KERNELS = (rms_norm._FORWARD, loss._SCALE, rows._COLUMN_SUMS)
-LAUNCHES, DIFFERENT = 9 + 3 + 1, 9 + 2 + 1
-"""Of :func:`launch_all`: a count of 1 and one of 16 are the same kernel."""
+BANS = (no_repeat_ngram._no_repeat_ngram_ban_kernel, no_repeat_ngram._no_repeat_ngram_copy_kernel)
+"""Launched through triton itself."""
+LAUNCHES, DIFFERENT = 9 + 3 + 1 + 3, 9 + 2 + 1 + 2
+"""Of :func:`launch_all`: a count of 1 and one of 16 are the same kernel, and so are texts of 7 tokens and of 9."""
 
 
 class PretendedGPU:
@@ -55,6 +56,14 @@ class PretendedGPU:
         return lambda *arguments: self.launched.append(metadata.name)
 
 
+def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a new process does not know."""
+    for kernel in KERNELS:
+        monkeypatch.setattr(kernel, "_compiled", {})
+    for jitted in (*(kernel.jitted for kernel in KERNELS), *BANS):
+        monkeypatch.setattr(jitted, "device_caches", collections.defaultdict(jitted.create_binder))
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[PretendedGPU]:
     """Tensors of the CPU stand for those of a GPU; kernels and caches begin empty, and are as before at the end."""
@@ -66,19 +75,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[PretendedGPU
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    for kernel in KERNELS:
-        monkeypatch.setattr(kernel, "_compiled", {})
-        forget(kernel, monkeypatch)
+    monkeypatch.setattr(rows.torch.cuda, "current_device", lambda: None)
+    forget_kernels(monkeypatch)
     driver = triton.runtime.driver
     before = driver._active
     driver.set_active(pretended)
     yield pretended
     driver._active = before
-
-
-def forget(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a new process does not know."""
-    monkeypatch.setattr(kernel.jitted, "device_caches", collections.defaultdict(kernel.jitted.create_binder))
 
 
 @pytest.fixture
@@ -104,6 +107,10 @@ def launch_all() -> None:
     for number in (1, 16, 1 << 40):
         loss._SCALE((1,), (memory, memory[:1], memory), (number,), (1, True, WIDTH), 4)
     rows._COLUMN_SUMS((1,), (memory, memory, memory, memory), (1,), (WIDTH, 16, 16, 0), 4, 64)
+    scores, ids = memory.view(2, -1), torch.zeros(2, 9, dtype=torch.int64)
+    no_repeat_ngram.launch_no_repeat_ngram(scores, ids, None, 2, None, 9, None)
+    no_repeat_ngram.launch_no_repeat_ngram(scores, ids, None, 2, None, 7, None)
+    no_repeat_ngram.launch_no_repeat_ngram_(scores, ids, None, 2, None, 9, None)
 
 
 def rehearse() -> int:
@@ -124,9 +131,7 @@ def test_a_launch_finds_what_was_rehearsed(
     launch_all()
     assert len(gpu.launched) == LAUNCHES
     assert compiled == [], "a launch asked for another kernel than the rehearsal"
-    for kernel in KERNELS:
-        monkeypatch.setattr(kernel, "_compiled", {})
-        forget(kernel, monkeypatch)
+    forget_kernels(monkeypatch)
     launch_all()
     assert len(compiled) == DIFFERENT, "in the next process the cache on the disk is asked"
     assert all(hit for _, hit in compiled)
@@ -138,7 +143,8 @@ def test_a_rehearsal_after_a_rehearsal_compiles_nothing(gpu: PretendedGPU, compi
     rehearse()
     assert compiled == []
     launch_all()
-    assert rehearse() == 0, "what was launched is known"
+    assert rehearse() == len(BANS), "what was launched is known, and what triton launches is looked up"
+    assert compiled == []
     assert len(gpu.launched) == LAUNCHES
 
 
@@ -159,8 +165,8 @@ def test_what_cannot_be_compiled_beforehand_is_compiled_at_its_launch(
         raise RuntimeError("no room for a compiler")
 
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO, "oslo_fusion"):
-        for kernel in KERNELS:
-            patch.setattr(kernel.jitted, "warmup", refuse)
+        for jitted in (*(kernel.jitted for kernel in KERNELS), *BANS):
+            patch.setattr(jitted, "warmup", refuse)
         rehearse()
     assert "no room for a compiler" in caplog.text
     assert compiled == []
