@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from benchmarks import start
@@ -33,9 +34,6 @@ def test_a_process_says_its_phases() -> None:
     assert f"{seconds['first step']:.1f}" in console.export_text()
 
 
-def test_an_unknown_model_is_refused() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.start", "--model", "lama"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "llama-1b" in done.stderr
+def test_an_unknown_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert start.main(["--model", "lama"]) == 2
+    assert "llama-1b" in capsys.readouterr().err
