@@ -105,8 +105,8 @@ def initialize(model: nn.Module, config: object) -> nn.Module:
 
     ``generate``, ``save_pretrained``, the keys of ``state_dict``, ``train``/``eval``, ``deepcopy`` and pickling go on
     working. A model that was initialized before is restored first. :func:`report` tells what was done,
-    :func:`restore` undoes it. With ``memory_efficient_fusion`` on a GPU, Inductor is imported and starts its compiling
-    processes, as it would at the first step.
+    :func:`restore` undoes it. On a GPU, threads compile the kernels that will be tried, and end with the call; with
+    ``memory_efficient_fusion`` Inductor is imported and starts its compiling processes, as it would at the first step.
 
     Args:
         model: as for :func:`plan`.

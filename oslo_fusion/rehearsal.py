@@ -54,7 +54,7 @@ class Rehearsal:
 
 
 class _Thread(threading.local):
-    """What is under way in this thread: an attribute, because a launch reads it in 0.04 µs and calls a function in 0.1."""
+    """What is under way in this thread. Every launch reads it, which takes 0.05 µs of the 8 and more that it has."""
 
     rehearsal: Rehearsal | None = None
 
