@@ -262,10 +262,13 @@ def device_facts(x: Tensor) -> tuple[int, int]:
     return _facts(x.device.index) if x.is_cuda else _INTERPRETED[1:]
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the tensor's device the current one, which is where triton launches."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+    if not x.is_cuda or x.device.index == torch._C._cuda_getDevice():
+        return _HERE
     return torch.cuda.device(x.device)
 
 
