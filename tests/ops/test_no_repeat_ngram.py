@@ -114,6 +114,8 @@ CASES = {
     "beyond one block": Case(rows=2, length=1500, n=3),
     "beyond one launch": Case(rows=2, length=3000, n=3),
     "vocabulary beyond one stretch": Case(rows=2, vocab=8200, alphabet=8200, length=300, n=1),
+    "vocabulary of whole units": Case(vocab=48, alphabet=48, n=1),
+    "whole units beyond one stretch": Case(rows=2, vocab=4112, alphabet=4112, length=300, n=1, dtype=torch.bfloat16),
     "int32 ids": Case(ids_dtype=torch.int32),
     **{str(dtype): Case(dtype=dtype) for dtype in DTYPES},
 }
@@ -216,6 +218,16 @@ def test_strided_and_expanded_inputs(implementation: Implementation) -> None:
     assert torch.equal(bits(result), bits(oracle(one_score, one_text, 2)))
     sizes = torch.tensor(3, device=device).expand(4)
     check(implementation, scores, (one_text, None, 0, sizes, ids.shape[1], None), oracle(scores, one_text, 3))
+
+
+def test_rows_of_whole_units_a_stride_apart(implementation: Implementation) -> None:
+    """What divides a row's width and not its stride, or the other way round, must not be taken for a unit of both."""
+    scores, ids, _ = Case(rows=4, vocab=96, alphabet=48).draw(implementation.device)
+    for width, shift in ((48, 0), (48, 4), (47, 0), (40, 1)):
+        part = scores[:, shift : shift + width]
+        check(implementation, part, (ids, None, 1, None, ids.shape[1], None), oracle(part, ids, 1))
+        wide = scores[:, : 2 * width].reshape(-1)[: 4 * (width + 1)].as_strided((4, width), (width + 1, 1))
+        check(implementation, wide, (ids, None, 1, None, ids.shape[1], None), oracle(wide, ids, 1))
 
 
 def test_ids_and_source_of_different_widths(implementation: Implementation) -> None:
