@@ -273,7 +273,7 @@ def _bans(cuda: bool) -> Iterator[Case]:
             op: Any = importlib.import_module("oslo_fusion.ops.no_repeat_ngram")
             choice = kernel if scores.is_cuda else "auto"
             length = torch.tensor(ids.shape[1] - 1).to(scores.device)
-            sizes = torch.tensor([2, 0, 3, 1][: len(ids)]).to(scores.device)
+            sizes = torch.tensor([2, 0, 60, 1][: len(ids)]).to(scores.device)
             results = [op.no_repeat_ngram(scores, ids, 2, kernel=choice), op.no_repeat_ngram(scores, ids, sizes, kernel=choice)]
             results.append(op.encoder_no_repeat_ngram(scores, ids, source, 2, kernel=choice))
             strided = torch.stack((scores, scores), -1)[..., 0]

@@ -4,9 +4,9 @@ How the work is cut. In place: one program per row and stretch of the text; it c
 ending and strides over the rest, so that no block is as wide as the text and the cost is linear in it. Two programs may ban
 the same token: both write -inf.
 
-Functional: one program per row and stretch of the *vocabulary*; it copies its scores, waits for its own threads, then goes
-through the whole text and bans what lies in its stretch, so that no program depends on another. A long text would be read once
-per stretch, so beyond ``FUSED_COPY_TOKENS`` the copy is a launch of its own.
+Functional: one program per row and stretch of the *vocabulary*; it copies its scores, waits for its own threads, and bans
+what lies in its stretch of the whole text, of which it has read the beginning with the scores, so that no program depends on
+another. A long text would be read once per stretch, so beyond ``FUSED_COPY_TOKENS`` the copy is a launch of its own.
 
 The length may lie on the device; the grid then covers the capacity, and programs beyond the length end at once. The kernel
 before may have written it, as it may have written scores and ids, so a program waits before it reads anything (``chain`` in
@@ -72,7 +72,11 @@ def _matching_tokens(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The last tokens of ``BLOCK`` windows from ``first`` on, and which of them are banned and in ``lowest … highest - 1``."""
+    """The last tokens of ``BLOCK`` windows from ``first`` on, and which of them are banned and in ``lowest … highest - 1``.
+
+    Where there are none from ``first`` on, nothing is read: the ending may then lie outside of the ids.
+    """
+    some = first < windows
     w = first + tl.arange(0, BLOCK)
     in_text = w < windows
     token = tl.load(text_ptr + (w + n - 1) * text_col_stride, mask=in_text, other=-1).to(tl.int64)
@@ -80,9 +84,9 @@ def _matching_tokens(
     if SIZE > 0:
         for k in tl.static_range(SIZE - 1):
             theirs = tl.load(text_ptr + (w + k) * text_col_stride, mask=in_text, other=0).to(tl.int64)
-            banned &= theirs == tl.load(ending_ptr + k * ending_col_stride).to(tl.int64)
+            banned &= theirs == tl.load(ending_ptr + k * ending_col_stride, mask=some, other=0).to(tl.int64)
     else:
-        for k in range(n - 1):
+        for k in range(tl.where(some, n - 1, 0)):
             theirs = tl.load(text_ptr + (w + k) * text_col_stride, mask=banned, other=0).to(tl.int64)
             banned &= theirs == tl.load(ending_ptr + k * ending_col_stride).to(tl.int64)
     return token, banned
@@ -280,12 +284,18 @@ def _no_repeat_ngram_copy_kernel(
     cols = lowest + tl.arange(0, STRETCH)
     cols_mask = cols < vocab
     scores = tl.load(scores_ptr + cols * scores_col_stride, mask=cols_mask, other=0)
+    # The first windows are read while the scores are on their way: else two waits of a microsecond would follow each other.
+    highest = tl.minimum(lowest + STRETCH, vocab)
+    begin, step = tl.full([], 0, tl.int64), tl.full([], BLOCK, tl.int64)
+    token, banned = _matching_tokens(
+        text_ptr, text_col_stride, ending_ptr, ids_col_stride, windows, begin, n, lowest, highest, SIZE, BLOCK
+    )
     tl.store(out_ptr + cols, scores, mask=cols_mask)
     # A ban below may be written by another thread of this program than the copy of the same score.
     tl.debug_barrier()
-    highest = tl.minimum(lowest + STRETCH, vocab)
     minus_infinity = tl.full([BLOCK], float("-inf"), tl.float32).to(out_ptr.dtype.element_ty)
-    for first in range(tl.full([], 0, tl.int64), windows, tl.full([], BLOCK, tl.int64)):
+    tl.store(out_ptr + token, minus_infinity, mask=banned)
+    for first in range(step, windows, step):
         token, banned = _matching_tokens(
             text_ptr, text_col_stride, ending_ptr, ids_col_stride, windows, first, n, lowest, highest, SIZE, BLOCK
         )

@@ -183,6 +183,16 @@ def test_length_and_sizes_on_the_device(implementation: Implementation, name: st
         check(implementation, scores, (buffer, None, 0, sizes, 0, length), torch.stack(mixed))
 
 
+def test_a_size_far_beyond_the_text_costs_nothing(implementation: Implementation) -> None:
+    """Were its row's ending read, it would lie before the ids; were its n - 1 tokens gone through, it would take minutes."""
+    scores, ids, source = Case(rows=4).draw(implementation.device)
+    sizes = torch.tensor([2, 2**40, 42, 2**31], device=implementation.device)
+    expected = torch.cat([oracle(scores[:1], ids[:1], 2), scores[1:].cpu()])
+    check(implementation, scores, (ids, None, 0, sizes, 40, None), expected)
+    encoder = torch.cat([oracle(scores[:1], ids[:1], 2, source[:1]), oracle(scores[1:], ids[1:], 50)])
+    check(implementation, scores, (ids, source, 0, sizes, 40, None), encoder)
+
+
 def test_a_length_on_the_device_is_clamped(implementation: Implementation) -> None:
     scores, ids, _ = Case().draw(implementation.device)
     for value, expected in ((10**9, oracle(scores, ids, 2)), (-5, scores.cpu())):
