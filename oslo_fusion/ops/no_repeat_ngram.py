@@ -246,9 +246,13 @@ def _functions(device: torch.device, kernel: str) -> tuple[Any, Any, Any, Any]:
     answers = implementation(device.type, kernel)
     in_place, functional = _operators(answers)
     launchers = find_kernels(NAME) if answers == "triton" else None
-    if launchers is None:
-        return in_place, functional, in_place, functional
-    return in_place, functional, launchers.launch_no_repeat_ngram_, launchers.launch_no_repeat_ngram
+    if launchers is not None:
+        return in_place, functional, launchers.launch_no_repeat_ngram_, launchers.launch_no_repeat_ngram
+    if answers in ("c++", "cuda"):
+        # Below the key of autograd, whose registered gradient is 12 of a call's 16 µs. The form in place has none to pass by.
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU if answers == "c++" else torch._C.DispatchKey.CUDA)
+        return in_place, functional, in_place, functools.partial(functional.redispatch, keys)
+    return in_place, functional, in_place, functional
 
 
 def _operators(answers: str) -> tuple[Any, Any]:
@@ -292,7 +296,7 @@ def _run(
         operator_, operator = _operators(kernel)  # what is loaded cannot be asked while tracing: the operator asks when it runs
     else:
         operator_, operator, plain_, plain = _functions(scores.device, kernel)
-        if plain is not operator and not wants_gradient(scores) and is_plain(scores, ids, source):
+        if plain is not operator and not wants_gradient(scores) and is_plain(scores, ids, source, row_sizes, device_length):
             operator_, operator = plain_, plain
     if in_place:
         operator_(scores, ids, source, size, row_sizes, length, device_length)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import EncoderNoRepeatNGramLogitsProcessor, NoRepeatNGramLogitsProcessor
 
 from oslo_fusion import extension
@@ -331,6 +332,26 @@ def test_gradient_is_zero_at_bans_and_one_elsewhere() -> None:
     assert grad.tolist() == [[1, 1, 0, 1]]
     with pytest.raises(ValueError, match="requires grad"):
         op.no_repeat_ngram_(scores, torch.tensor([[1, 2, 1]]), 2)
+
+
+def test_only_plain_calls_pass_by_the_dispatcher() -> None:
+    """Under ``no_grad`` the gradient's key is left out; with a gradient, and for tensors of another kind, it is not."""
+    scores, ids, _ = Case().draw(torch.device("cpu"))
+    expected = oracle(scores, ids, 2)
+    scores.requires_grad_()
+    assert op.no_repeat_ngram(scores, ids, 2).grad_fn is not None
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            result = op.no_repeat_ngram(scores, ids, 2)
+        assert result.grad_fn is None
+        assert torch.equal(bits(result), bits(expected))
+    plain_scores = scores.detach()
+    with FakeTensorMode() as fake:
+        imagined = op.no_repeat_ngram(fake.from_tensor(plain_scores), fake.from_tensor(ids), 2)
+    assert isinstance(imagined, FakeTensor)
+    if op.implementation("cpu") == "c++":
+        _, operator, _, plain = op._functions(scores.device, "auto")
+        assert plain is not operator
 
 
 def test_public_functions() -> None:
