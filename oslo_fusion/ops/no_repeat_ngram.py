@@ -249,7 +249,7 @@ def _functions(device: torch.device, kernel: str) -> tuple[Any, Any, Any, Any]:
     if launchers is not None:
         return in_place, functional, launchers.launch_no_repeat_ngram_, launchers.launch_no_repeat_ngram
     if answers in ("c++", "cuda"):
-        # Below the key of autograd, whose registered gradient is 12 of a call's 16 µs. The form in place has none to pass by.
+        # Below the key of autograd, whose gradient is 9 to 12 of a call's 16 µs. In place there is none to pass by.
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU if answers == "c++" else torch._C.DispatchKey.CUDA)
         return in_place, functional, in_place, functools.partial(functional.redispatch, keys)
     return in_place, functional, in_place, functional
