@@ -335,7 +335,7 @@ def _layer_norm_wide_bwd_kernel(
                 g = _number(dy, half, HALVES)
                 if HAS_WEIGHT:
                     g *= _scale(weight, half, HALVES, WEIGHT_OFFSET)
-                centred = _number(s, half, HALVES) - mean
+                centred = _number(s, half, HALVES) if HALVES == 2 else s.to(tl.float32) - mean
                 # What a thread has loaded at once it adds up at once: sums that are as wide as a part would spill.
                 along_row += tl.sum(tl.reshape(g * centred, (BLOCK // VECTOR, VECTOR)), axis=1)
                 along_ones += tl.sum(tl.reshape(g, (BLOCK // VECTOR, VECTOR)), axis=1)
@@ -348,6 +348,8 @@ def _layer_norm_wide_bwd_kernel(
             ahead_s = ahead_s + (next_s,)  # noqa: RUF005
             ahead_dy = ahead_dy + (next_dy,)  # noqa: RUF005
         sum_along_row, sum_along_ones = tl.reduce((along_row, along_ones), 0, _both)
+        if HALVES == 2:  # with a multiplication with addition a number less, and as much as bfloat16 can tell
+            sum_along_row -= mean * sum_along_ones
         # ds = rstd · (g - mean(g) - x̂ · mean(g · x̂)), with two multiplications with addition a number.
         of_centred = -sum_along_row * rstd * rstd * rstd / DIM
         of_one = -sum_along_ones * rstd / DIM
