@@ -1,7 +1,7 @@
 """GPT-2 on 256 × 16 tokens, OSLO's own example: forward and training step in fp32, fp16 and bf16, with every provider.
 
     python -m benchmarks.gpt2                                # on a GPU: benchmarks/results/gpt2-<device>.json
-    python -m benchmarks.gpt2 --memory-efficient             # the forward, layers compiled: gpt2-memory-efficient-<device>.json
+    python -m benchmarks.gpt2 --memory-efficient             # the forward, compiled: gpt2-memory-efficient-<device>.json
     python -m benchmarks.gpt2 --size tiny --device cpu --providers eager,oslo_fusion --out /tmp/gpt2
 
 The answers of ``oslo_fusion`` are checked before each section; a section whose check is red is not timed, and the
@@ -29,7 +29,10 @@ from oslo_fusion import models, workload
 from oslo_fusion.errors import ConfigError, OsloFusionError
 
 CONFIG = {"kernel_fusion": {"enable": True}}
-MEMORY_EFFICIENT = {"kernel_fusion": {"enable": True, "memory_efficient_fusion": True, "custom_cuda_kernels": "all"}}
+# The whole forward in one graph: with graphs per layer, 12 of them, 16 tokens wait for the host (6.2 ms for 3.4 of kernels).
+MEMORY_EFFICIENT = {
+    "kernel_fusion": {"enable": True, "memory_efficient_fusion": {"scope": "model"}, "custom_cuda_kernels": "all"}
+}
 RESULTS = Path(__file__).parent / "results"
 SCRATCH = Path(__file__).parent / "scratch"
 # The longest compilation of all; --providers includes it.

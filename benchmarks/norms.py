@@ -254,11 +254,11 @@ def candidates(job: Sweep, processors: int, shared: int) -> tuple[Any, dict[str,
     forward = job.kind == "forward"
     ragged = tiles.is_ragged(job.width, tiles.RAGGED_FORWARD if forward else tiles.RAGGED_BACKWARD, size)
     if not forward and vectors == 2 and job.width > tiles.REGISTER_COLUMNS:
-        chosen = tiles.wide_backward_blocks(size, job.rows, processors)
+        chosen = tiles.wide_backward_blocks(size, 2 if job.dtype == _HALF else 1, False, job.rows, processors)
     elif forward and ragged:
         chosen = tiles.ragged_forward_blocks(job.width, size, vectors, False, processors)
     elif forward:
-        chosen = tiles.forward_blocks(job.width, size, job.rows <= 2 * processors)
+        chosen = tiles.forward_blocks(job.width, size, job.rows <= 2 * processors, vectors)
     elif ragged:
         chosen = tiles.ragged_backward_blocks(job.width, size, 2, vectors, processors, shared)
     else:
@@ -291,17 +291,18 @@ def _others(job: Sweep, chosen: Any, processors: int, shared: int) -> dict[str, 
         waits = not (job.op == "layer_norm" and job.width > 8192)  # else tiles are loaded when they are needed
         stages = {chosen.stages, *((1, 2, 3, _filling_stages(job, chosen, share, shared)) if waits else ())}
         near += [dataclasses.replace(chosen, stages=n, early=early) for n in sorted(stages) for early in (False, True)]
+    if job.op == "layer_norm" and job.kind == "backward" and job.width > 8192:
+        parts = ((2048, 5), (2048, 6), (4096, 1), (4096, 2), (4096, 3)) if job.dtype.itemsize == 2 else ((2048, 1), (4096, 0))
+        near += [dataclasses.replace(chosen, columns=columns, ahead=ahead) for columns, ahead in parts]
     if job.op == "layer_norm" and not chosen.programs:
         near += [dataclasses.replace(tile, joined=not tile.joined) for tile in near if tile.rows == 1]
         if job.width > 8192 and not chosen.ragged:
-            # Walks that keep weight and bias in registers, as those over ragged rows do; a program a multiprocessor.
-            walk = dataclasses.replace(chosen, rows=1, programs=processors, ragged=True, joined=False)
-            near += [dataclasses.replace(walk, warps=warps, ahead=ahead) for warps in (8, 16) for ahead in (0, 1)]
+            near += [dataclasses.replace(chosen, warps=24 - chosen.warps, joined=joined) for joined in (False, True)]
     names = {
         tile: f"{tile.rows} rows, {tile.warps} warps, {tile.programs} programs, {tile.stages} stages, {tile.ahead} ahead, "
+        + (f"parts of {tile.columns}, " if tile.columns != chosen.columns else "")
         + ("early" if tile.early else "in turn")
         + (", joined" if tile.joined and tile.rows == 1 else "")
-        + (", cut" if tile.ragged and not chosen.ragged else "")
         for tile in near
     }
     return {name: tile for tile, name in names.items() if tile != chosen}
@@ -317,8 +318,9 @@ def kernel_call(job: Sweep, xs: Sequence[Tensor], dys: Sequence[Tensor], w: Tens
         if job.kind == "forward":
             return lambda i: rms.launch_rms_norm(xs[i % n], w, None, EPS, 0.0, None, blocks)
         return lambda i: rms.launch_rms_norm_backward(dys[i % n], None, xs[i % n], w, stats, 0.0, True, blocks)
+    bias = w.flip(0)  # of its own: in memory, and in the caches, a layer norm has two
     if job.kind == "forward":
-        return lambda i: ln.launch_layer_norm(xs[i % n], w, w, None, EPS, 0.0, None, blocks)
+        return lambda i: ln.launch_layer_norm(xs[i % n], w, bias, None, EPS, 0.0, None, blocks)
     return lambda i: ln.launch_layer_norm_backward(dys[i % n], None, xs[i % n], w, w, stats, stats, 0.0, True, True, blocks)
 
 
@@ -337,7 +339,7 @@ def check_candidates(job: Sweep, found: dict[str, Any], rows: int, device: torch
             elif job.op == "rms_norm":
                 outputs = list(rms_norm_backward_reference(dy_, None, x_, w_, stats_, 0.0, True))
             elif job.kind == "forward":
-                outputs = [layer_norm_reference(x_, w_, w_, None, EPS, 0.0, None)[0]]
+                outputs = [layer_norm_reference(x_, w_, w_.flip(0), None, EPS, 0.0, None)[0]]
             else:
                 outputs = list(layer_norm_backward_reference(dy_, None, x_, w_, w_, stats_, stats_, 0.0, True, True))
             results.setdefault(name, []).append(outputs)

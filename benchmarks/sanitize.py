@@ -257,7 +257,12 @@ def _rotate(rope: Function, interleaved: bool, view: View, q: Tensor, k: Tensor,
 
 
 def _bans(cuda: bool) -> Iterator[Case]:
-    texts = {"1×13, 5 tokens": (1, 13, 5), "3×1025, 40 tokens": (3, 1025, 40), "4×4097, 2500 tokens": (4, 4097, 2500)}
+    texts = {
+        "1×13, 5 tokens": (1, 13, 5),
+        "3×1025, 40 tokens": (3, 1025, 40),
+        "2×4112, 40 tokens": (2, 4112, 40),
+        "4×4097, 2500 tokens": (4, 4097, 2500),
+    }
     for kernel, (label, (rows, vocab, tokens)) in itertools.product(("triton", "cuda") if cuda else ("triton",), texts.items()):
         generator = torch.Generator().manual_seed(tokens)
         ids = torch.randint(-1, min(vocab, 9) + 2, (rows, tokens), generator=generator)  # ids outside the vocabulary too
@@ -268,7 +273,7 @@ def _bans(cuda: bool) -> Iterator[Case]:
             op: Any = importlib.import_module("oslo_fusion.ops.no_repeat_ngram")
             choice = kernel if scores.is_cuda else "auto"
             length = torch.tensor(ids.shape[1] - 1).to(scores.device)
-            sizes = torch.tensor([2, 0, 3, 1][: len(ids)]).to(scores.device)
+            sizes = torch.tensor([2, 0, 60, 1][: len(ids)]).to(scores.device)
             results = [op.no_repeat_ngram(scores, ids, 2, kernel=choice), op.no_repeat_ngram(scores, ids, sizes, kernel=choice)]
             results.append(op.encoder_no_repeat_ngram(scores, ids, source, 2, kernel=choice))
             strided = torch.stack((scores, scores), -1)[..., 0]

@@ -67,8 +67,7 @@ def _normed_row(s, eps, DIM: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.conste
 
     A warp makes the mean of its own numbers and their squared distances from that, in two passes, within itself; then these are
     joined over the warps (Chan, Golub, LeVeque 1979). That does not cancel as mean(s²) - mean(s)² would. But the rounding of
-    the warps' means is in the distances between them: in float32, 1/std of rows whose mean is a thousand times their spread is
-    ten units in the last place off. Results and gradients keep the law there.
+    the warps' means is in the distances between them, too much for float32 rows far from zero: it is for 16-bit numbers.
     """
     REPEATS: tl.constexpr = BLOCK // (WARPS * SHARE)
     COUNT: tl.constexpr = DIM // WARPS
@@ -231,11 +230,29 @@ def _both(first, second, other_first, other_second):
 
 
 @triton.jit
-def _scale(weight_ptrs, mask, WEIGHT_OFFSET: tl.constexpr):
-    weight = tl.load(weight_ptrs, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+def _words(ptr, HALVES: tl.constexpr):
+    """Where two bfloat16 numbers are read as one word of 32 bits, the pointer to such words."""
+    return ptr.to(tl.pointer_type(tl.int32)) if HALVES == 2 else ptr
+
+
+@triton.jit
+def _number(word, HALF: tl.constexpr, HALVES: tl.constexpr):
+    """The first or second number of a word, in float32: an instruction each. The compiler takes two for the second one."""
+    if HALVES == 1:
+        number = word.to(tl.float32)
+    elif HALF == 0:
+        number = (word << 16).to(tl.float32, bitcast=True)
+    else:
+        number = (word & -65536).to(tl.float32, bitcast=True)
+    return number
+
+
+@triton.jit
+def _scale(weight, HALF: tl.constexpr, HALVES: tl.constexpr, WEIGHT_OFFSET: tl.constexpr):
+    scale = _number(weight, HALF, HALVES)
     if WEIGHT_OFFSET != 0.0:
-        weight += WEIGHT_OFFSET
-    return weight
+        scale += WEIGHT_OFFSET
+    return scale
 
 
 @triton.jit(do_not_specialize=["dy_row_units", "ds_row_units", "s_row_units", "num_rows"])
@@ -263,26 +280,34 @@ def _layer_norm_wide_bwd_kernel(
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     AHEAD: tl.constexpr,
+    HALVES: tl.constexpr,
     CHAIN: tl.constexpr,
 ):
     wait_for_previous(CHAIN)
     # The two sums of 16384 columns are half of all registers, so a row cannot stay there. It is read twice, part by part: for
     # its means, then for its gradient, and the second time it is in the L1 cache still. One row at a time for that reason.
     # The first AHEAD parts of a row are loaded while the row before it is reduced and finished: memory would be idle there.
+    # Where a word holds two numbers (HALVES), columns are words, and the sums of the first numbers stand before the others'.
+    DTYPE: tl.constexpr = s_ptr.dtype.element_ty
     program, step = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK)
-    dweights = (tl.zeros((BLOCK,), dtype=tl.float32),) * PARTS
-    dbiases = (tl.zeros((BLOCK,), dtype=tl.float32),) * PARTS
+    words: tl.constexpr = DIM // HALVES
+    unit: tl.constexpr = UNIT // HALVES
+    s_words, dy_words = _words(s_ptr, HALVES), _words(dy_ptr, HALVES)
+    if HAS_WEIGHT:
+        weight_words = _words(weight_ptr, HALVES)
+    dweights = (tl.zeros((BLOCK,), dtype=tl.float32),) * (PARTS * HALVES)
+    dbiases = (tl.zeros((BLOCK,), dtype=tl.float32),) * (PARTS * HALVES)
     next_mean = tl.load(mean_ptr + program)
     next_rstd = tl.load(rstd_ptr + program)
-    s_ptrs = s_ptr + program.to(tl.int64) * (s_row_units * UNIT) + cols
-    dy_ptrs = dy_ptr + program.to(tl.int64) * (dy_row_units * UNIT) + cols
+    s_ptrs = s_words + program.to(tl.int64) * (s_row_units * unit) + cols
+    dy_ptrs = dy_words + program.to(tl.int64) * (dy_row_units * unit) + cols
     ahead_s = ()
     ahead_dy = ()
     for part in tl.static_range(AHEAD):
-        mask = part * BLOCK + cols < DIM
-        ahead_s = ahead_s + (tl.load(s_ptrs + part * BLOCK, mask=mask, other=0.0, eviction_policy="evict_last"),)  # noqa: RUF005
-        ahead_dy = ahead_dy + (tl.load(dy_ptrs + part * BLOCK, mask=mask, other=0.0, eviction_policy="evict_last"),)  # noqa: RUF005
+        mask = part * BLOCK + cols < words
+        ahead_s = ahead_s + (tl.load(s_ptrs + part * BLOCK, mask=mask, other=0, eviction_policy="evict_last"),)  # noqa: RUF005
+        ahead_dy = ahead_dy + (tl.load(dy_ptrs + part * BLOCK, mask=mask, other=0, eviction_policy="evict_last"),)  # noqa: RUF005
     for row in tl.range(program, num_rows, step, num_stages=1):
         mean, rstd = next_mean, next_rstd
         there = row + step < num_rows
@@ -290,64 +315,90 @@ def _layer_norm_wide_bwd_kernel(
         next_rstd = tl.load(rstd_ptr + row + step, mask=there, other=0.0)
         wide_row = row * tl.full((), 1, tl.int64)
         next_row = wide_row + step
-        s_ptrs = s_ptr + wide_row * (s_row_units * UNIT) + cols
-        dy_ptrs = dy_ptr + wide_row * (dy_row_units * UNIT) + cols
-        next_s_ptrs = s_ptr + next_row * (s_row_units * UNIT) + cols
-        next_dy_ptrs = dy_ptr + next_row * (dy_row_units * UNIT) + cols
+        s_ptrs = s_words + wide_row * (s_row_units * unit) + cols
+        dy_ptrs = dy_words + wide_row * (dy_row_units * unit) + cols
+        next_s_ptrs = s_words + next_row * (s_row_units * unit) + cols
+        next_dy_ptrs = dy_words + next_row * (dy_row_units * unit) + cols
         along_row = tl.zeros((BLOCK // VECTOR,), dtype=tl.float32)
         along_ones = tl.zeros((BLOCK // VECTOR,), dtype=tl.float32)
         for part in tl.static_range(PARTS):
-            mask = part * BLOCK + cols < DIM
+            mask = part * BLOCK + cols < words
             if part >= AHEAD:
-                s = tl.load(s_ptrs + part * BLOCK, mask=mask, other=0.0, eviction_policy="evict_last")
-                dy = tl.load(dy_ptrs + part * BLOCK, mask=mask, other=0.0, eviction_policy="evict_last")
+                s = tl.load(s_ptrs + part * BLOCK, mask=mask, other=0, eviction_policy="evict_last")
+                dy = tl.load(dy_ptrs + part * BLOCK, mask=mask, other=0, eviction_policy="evict_last")
             else:
                 s = ahead_s[part]
                 dy = ahead_dy[part]
-            g = dy.to(tl.float32)
             if HAS_WEIGHT:
-                g *= _scale(weight_ptr + part * BLOCK + cols, mask, WEIGHT_OFFSET)
-            # What a thread has loaded at once it adds up at once: sums that are as wide as a part would spill.
-            along_row += tl.sum(tl.reshape(g * (s.to(tl.float32) - mean), (BLOCK // VECTOR, VECTOR)), axis=1)
-            along_ones += tl.sum(tl.reshape(g, (BLOCK // VECTOR, VECTOR)), axis=1)
+                weight = tl.load(weight_words + part * BLOCK + cols, mask=mask, other=0, eviction_policy="evict_last")
+            for half in tl.static_range(HALVES):
+                g = _number(dy, half, HALVES)
+                if HAS_WEIGHT:
+                    g *= _scale(weight, half, HALVES, WEIGHT_OFFSET)
+                centred = _number(s, half, HALVES) if HALVES == 2 else s.to(tl.float32) - mean
+                # What a thread has loaded at once it adds up at once: sums that are as wide as a part would spill.
+                along_row += tl.sum(tl.reshape(g * centred, (BLOCK // VECTOR, VECTOR)), axis=1)
+                along_ones += tl.sum(tl.reshape(g, (BLOCK // VECTOR, VECTOR)), axis=1)
         ahead_s = ()
         ahead_dy = ()
         for part in tl.static_range(AHEAD):
-            mask = (part * BLOCK + cols < DIM) & there
-            next_s = tl.load(next_s_ptrs + part * BLOCK, mask=mask, other=0.0, eviction_policy="evict_last")
-            next_dy = tl.load(next_dy_ptrs + part * BLOCK, mask=mask, other=0.0, eviction_policy="evict_last")
+            mask = (part * BLOCK + cols < words) & there
+            next_s = tl.load(next_s_ptrs + part * BLOCK, mask=mask, other=0, eviction_policy="evict_last")
+            next_dy = tl.load(next_dy_ptrs + part * BLOCK, mask=mask, other=0, eviction_policy="evict_last")
             ahead_s = ahead_s + (next_s,)  # noqa: RUF005
             ahead_dy = ahead_dy + (next_dy,)  # noqa: RUF005
         sum_along_row, sum_along_ones = tl.reduce((along_row, along_ones), 0, _both)
-        mean_along_row = sum_along_row * rstd / DIM
-        mean_along_ones = sum_along_ones / DIM
+        if HALVES == 2:  # with a multiplication with addition a number less, and as much as bfloat16 can tell
+            sum_along_row -= mean * sum_along_ones
+        # ds = rstd · (g - mean(g) - x̂ · mean(g · x̂)), with two multiplications with addition a number.
+        of_centred = -sum_along_row * rstd * rstd * rstd / DIM
+        of_one = -sum_along_ones * rstd / DIM
         new_dweights = ()
         new_dbiases = ()
         for part in tl.static_range(PARTS):
-            mask = part * BLOCK + cols < DIM
-            s = tl.load(s_ptrs + part * BLOCK, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            g = tl.load(dy_ptrs + part * BLOCK, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            normed = (s - mean) * rstd
-            new_dweights = new_dweights + (dweights[part] + g * normed if WEIGHT_GRADIENT else dweights[part],)  # noqa: RUF005
-            new_dbiases = new_dbiases + (dbiases[part] + g if BIAS_GRADIENT else dbiases[part],)  # noqa: RUF005
+            mask = part * BLOCK + cols < words
+            s = tl.load(s_ptrs + part * BLOCK, mask=mask, other=0, eviction_policy="evict_first")
+            dy = tl.load(dy_ptrs + part * BLOCK, mask=mask, other=0, eviction_policy="evict_first")
             if HAS_WEIGHT:
-                g *= _scale(weight_ptr + part * BLOCK + cols, mask, WEIGHT_OFFSET)
-            dx = (g - mean_along_ones - normed * mean_along_row) * rstd
+                weight = tl.load(weight_words + part * BLOCK + cols, mask=mask, other=0, eviction_policy="evict_last")
             if HAS_DS:
-                ds_ptrs = ds_ptr + wide_row * (ds_row_units * UNIT) + cols
-                dx += tl.load(ds_ptrs + part * BLOCK, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dx_ptr + wide_row * DIM + part * BLOCK + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+                ds_ptrs = _words(ds_ptr, HALVES) + wide_row * (ds_row_units * unit) + cols
+                ds = tl.load(ds_ptrs + part * BLOCK, mask=mask, other=0)
+            for half in tl.static_range(HALVES):
+                g = _number(dy, half, HALVES)
+                centred = _number(s, half, HALVES) - mean
+                dweight, dbias = dweights[part * HALVES + half], dbiases[part * HALVES + half]
+                if BIAS_GRADIENT:
+                    dbias += g
+                g *= rstd
+                if WEIGHT_GRADIENT:
+                    dweight += g * centred
+                new_dweights = new_dweights + (dweight,)  # noqa: RUF005
+                new_dbiases = new_dbiases + (dbias,)  # noqa: RUF005
+                dx = centred * of_centred + of_one
+                dx += g * _scale(weight, half, HALVES, WEIGHT_OFFSET) if HAS_WEIGHT else g
+                if HAS_DS:
+                    dx += _number(ds, half, HALVES)
+                if half == 0:
+                    first_dx = dx
+            if HALVES == 2:
+                both = tl.interleave(first_dx, dx).to(DTYPE)
+                both_cols = part * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+                tl.store(dx_ptr + wide_row * DIM + both_cols, both, mask=both_cols < DIM)
+            else:
+                tl.store(dx_ptr + wide_row * DIM + part * BLOCK + cols, dx.to(DTYPE), mask=mask)
         dweights = new_dweights
         dbiases = new_dbiases
     let_next_begin(CHAIN)
     for part in tl.static_range(PARTS):
-        mask = part * BLOCK + cols < DIM
-        partial = program.to(tl.int64) * DIM + part * BLOCK + cols
-        if WEIGHT_GRADIENT:
-            tl.store(partials_ptr + partial, dweights[part], mask=mask)
-            partial += step.to(tl.int64) * DIM
-        if BIAS_GRADIENT:
-            tl.store(partials_ptr + partial, dbiases[part], mask=mask)
+        mask = part * BLOCK + cols < words
+        for half in tl.static_range(HALVES):
+            partial = program.to(tl.int64) * DIM + half * words + part * BLOCK + cols
+            if WEIGHT_GRADIENT:
+                tl.store(partials_ptr + partial, dweights[part * HALVES + half], mask=mask)
+                partial += step.to(tl.int64) * DIM
+            if BIAS_GRADIENT:
+                tl.store(partials_ptr + partial, dbiases[part * HALVES + half], mask=mask)
 
 
 _WIDE_BACKWARD = Kernel(_layer_norm_wide_bwd_kernel)
@@ -377,12 +428,12 @@ def launch_layer_norm(
     s = x if residual is None else torch.empty(shape, dtype=s_dtype, device=x.device)
     if num_rows == 0:
         return y, s, mean, rstd
+    vectors = (weight is not None) + (bias is not None)
     if (
         blocks is None
         and is_ragged(dim, RAGGED_FORWARD, x.element_size(), y.element_size())
         and ragged_rows.can_be_cut(x, residual, y, s)
     ):
-        vectors = (weight is not None) + (bias is not None)
         blocks = ragged_forward_blocks(dim, x.element_size(), vectors, residual is not None, device_facts(x)[0])
     if blocks is not None and blocks.ragged:
         with on_device(x):
@@ -393,7 +444,7 @@ def launch_layer_norm(
     residual_rows, residual_stride = (None, stride) if residual is None else as_rows(residual)
     unit = stride_unit(stride, residual_stride)
     if blocks is None:
-        blocks = forward_blocks(dim, x.element_size(), num_rows <= 2 * device_facts(x)[0])
+        blocks = forward_blocks(dim, x.element_size(), num_rows <= 2 * device_facts(x)[0], vectors)
     # A thread loads 16 bytes at a time, or as many numbers as the rows' borders allow. With a residual it is two reductions,
     # since with one a float32 row of 16384 takes 142 registers, and one program is resident, not two (sm_90, Triton 3.6).
     share = WARP_SIZE * min(16 // x.element_size(), unit, blocks.columns // (WARP_SIZE * blocks.warps))
@@ -427,6 +478,11 @@ def launch_layer_norm(
             blocks.warps,
         )
     return y, s, mean, rstd
+
+
+def _are_words(*tensors: Tensor | None) -> bool:
+    """Whether all are bfloat16 and lie at borders of 32 bits, so that two numbers can be read as one word."""
+    return all(t is None or (t.dtype == torch.bfloat16 and t.data_ptr() % 4 == 0) for t in tensors)
 
 
 def launch_layer_norm_backward(
@@ -477,11 +533,12 @@ def launch_layer_norm_backward(
     mean, rstd = mean.contiguous(), rstd.contiguous()
     unit = stride_unit(dy_stride, ds_stride, s_stride)
     together = bool(sums) and dim <= REGISTER_COLUMNS
+    halves = 2 if unit % 2 == 0 and dim % 2 == 0 and _are_words(dy_rows, ds_rows, s_rows, weight) else 1
     if blocks is None and together:
         loads, itemsize = 2 if ds is None else 3, s.element_size()
         blocks = backward_blocks(dim, itemsize, itemsize, num_rows, loads, len(sums), *device_facts(s))
     elif blocks is None and sums:
-        blocks = wide_backward_blocks(s.element_size(), num_rows, device_facts(s)[0])
+        blocks = wide_backward_blocks(s.element_size(), halves, ds is not None, num_rows, device_facts(s)[0])
     elif blocks is None:
         blocks = no_weight_blocks(dim, s.element_size(), num_rows <= 2 * device_facts(s)[0])
     if blocks.reload:
@@ -500,14 +557,15 @@ def launch_layer_norm_backward(
                     dweight.numel() > 0,
                     dbias.numel() > 0,
                     -(-dim // blocks.columns),
-                    blocks.columns,
-                    min(16 // s.element_size(), unit, blocks.columns // (32 * blocks.warps)),
+                    blocks.columns // halves,
+                    min(16 // s.element_size(), unit, blocks.columns // (32 * blocks.warps)) // halves,
                     blocks.ahead,
+                    halves,
                     chain(s, blocks.early),
                 ),
                 blocks.warps,
             )
-            column_sums(partials, *sums)
+            column_sums(partials, *sums, halves=halves)
         return dx, dweight, dbias
     programs = blocks.programs or -(-num_rows // blocks.rows)
     partials = torch.empty((len(sums), programs, dim), dtype=torch.float32, device=s.device) if together else None

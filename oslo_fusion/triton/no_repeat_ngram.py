@@ -4,19 +4,21 @@ How the work is cut. In place: one program per row and stretch of the text; it c
 ending and strides over the rest, so that no block is as wide as the text and the cost is linear in it. Two programs may ban
 the same token: both write -inf.
 
-Functional: one program per row and stretch of the *vocabulary*; it copies its scores, waits for its own threads, then goes
-through the whole text and bans what lies in its stretch, so that no program depends on another. A long text would be read once
-per stretch, so beyond ``FUSED_COPY_TOKENS`` the copy is a launch of its own.
+Functional: one program per row and stretch of the *vocabulary*; it copies its scores, waits for its own threads, and bans
+what lies in its stretch of the whole text, of which it has read the beginning with the scores, so that no program depends on
+another. A long text would be read once per stretch, so beyond ``FUSED_COPY_TOKENS`` the copy is a launch of its own.
 
-The length may lie on the device; the grid then covers the capacity, and programs beyond the length end at once.
+The length may lie on the device; the grid then covers the capacity, and programs beyond the length end at once. The kernel
+before may have written it, as it may have written scores and ids, so a program waits before it reads anything (``chain`` in
+``launch.py``).
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -24,9 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from oslo_fusion.ops.no_repeat_ngram import NAME, _check
-from oslo_fusion.rehearsal import THREAD
-from oslo_fusion.triton.launch import note
-from oslo_fusion.triton.rows import on_device
+from oslo_fusion.triton.launch import Kernel, chain, chained
+from oslo_fusion.triton.rows import on_device, stride_unit
 
 FUSED_COPY_TOKENS = 2048
 """Up to so many tokens the copy and the ban share a launch: 32,128 scores are 8 stretches, each reading the text again."""
@@ -49,6 +50,7 @@ class Cut:
     chunks: int
 
 
+@functools.lru_cache(maxsize=4096)
 def choose_cut(rows: int, windows: int) -> Cut:
     """The cut for ``rows`` rows of at most ``windows`` windows. Two block sizes only: each is a compilation."""
     block, warps = (128, 1) if windows <= 1024 else (512, 4)
@@ -70,7 +72,11 @@ def _matching_tokens(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The last tokens of ``BLOCK`` windows from ``first`` on, and which of them are banned and in ``lowest … highest - 1``."""
+    """The last tokens of ``BLOCK`` windows from ``first`` on, and which of them are banned and in ``lowest … highest - 1``.
+
+    Where there are none from ``first`` on, nothing is read: the ending may then lie outside of the ids.
+    """
+    some = first < windows
     w = first + tl.arange(0, BLOCK)
     in_text = w < windows
     token = tl.load(text_ptr + (w + n - 1) * text_col_stride, mask=in_text, other=-1).to(tl.int64)
@@ -78,9 +84,9 @@ def _matching_tokens(
     if SIZE > 0:
         for k in tl.static_range(SIZE - 1):
             theirs = tl.load(text_ptr + (w + k) * text_col_stride, mask=in_text, other=0).to(tl.int64)
-            banned &= theirs == tl.load(ending_ptr + k * ending_col_stride).to(tl.int64)
+            banned &= theirs == tl.load(ending_ptr + k * ending_col_stride, mask=some, other=0).to(tl.int64)
     else:
-        for k in range(n - 1):
+        for k in range(tl.where(some, n - 1, 0)):
             theirs = tl.load(text_ptr + (w + k) * text_col_stride, mask=banned, other=0).to(tl.int64)
             banned &= theirs == tl.load(ending_ptr + k * ending_col_stride).to(tl.int64)
     return token, banned
@@ -90,19 +96,18 @@ def _matching_tokens(
 def _row_geometry(
     row,
     ids_ptr,
+    source_ptr,
+    sizes_ptr,
+    device_length_ptr,
     ids_row_stride,
     ids_col_stride,
-    source_ptr,
     source_row_stride,
     source_col_stride,
     source_length,
     rows_per_source,
-    sizes_ptr,
     sizes_stride,
-    device_length_ptr,
     size,
     length,
-    capacity,
     HAS_SOURCE: tl.constexpr,
     HAS_SIZES: tl.constexpr,
     HAS_DEVICE_LENGTH: tl.constexpr,
@@ -111,8 +116,7 @@ def _row_geometry(
     """Where this row's text and ending begin, its n, and how many windows there are (none if nothing can be banned)."""
     tokens = tl.cast(length, tl.int64)
     if HAS_DEVICE_LENGTH:
-        tokens = tl.load(device_length_ptr).to(tl.int64)
-        tokens = tl.minimum(tl.maximum(tokens, 0), tl.cast(capacity, tl.int64))
+        tokens = tl.minimum(tl.maximum(tl.load(device_length_ptr).to(tl.int64), 0), tokens)
     if HAS_SIZES:
         n = tl.load(sizes_ptr + row * sizes_stride).to(tl.int64)
     elif SIZE > 0:
@@ -133,52 +137,72 @@ def _row_geometry(
     return text_ptr, text_col_stride, ending_ptr, windows, n
 
 
-_VARYING = ("vocab", "source_length", "rows_per_source", "size", "length", "capacity")
+_NUMBERS = (
+    "scores_row_stride",
+    "scores_row_units",
+    "scores_col_stride",
+    "vocab",
+    "vocab_units",
+    "ids_row_stride",
+    "ids_col_stride",
+    "source_row_stride",
+    "source_col_stride",
+    "source_length",
+    "rows_per_source",
+    "sizes_stride",
+    "size",
+    "length",
+)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=_NUMBERS)
 def _no_repeat_ngram_ban_kernel(
     scores_ptr,
+    ids_ptr,
+    source_ptr,
+    sizes_ptr,
+    device_length_ptr,
     scores_row_stride,
     scores_col_stride,
     vocab,
-    ids_ptr,
     ids_row_stride,
     ids_col_stride,
-    source_ptr,
     source_row_stride,
     source_col_stride,
     source_length,
     rows_per_source,
-    sizes_ptr,
     sizes_stride,
-    device_length_ptr,
     size,
     length,
-    capacity,
     HAS_SOURCE: tl.constexpr,
     HAS_SIZES: tl.constexpr,
     HAS_DEVICE_LENGTH: tl.constexpr,
     SIZE: tl.constexpr,
+    TIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
+    chained(CHAIN)
+    if TIGHT:
+        scores_col_stride = 1
+        ids_col_stride = 1
+        source_col_stride = 1
     row = tl.program_id(0).to(tl.int64)
     text_ptr, text_col_stride, ending_ptr, windows, n = _row_geometry(
         row,
         ids_ptr,
+        source_ptr,
+        sizes_ptr,
+        device_length_ptr,
         ids_row_stride,
         ids_col_stride,
-        source_ptr,
         source_row_stride,
         source_col_stride,
         source_length,
         rows_per_source,
-        sizes_ptr,
         sizes_stride,
-        device_length_ptr,
         size,
         length,
-        capacity,
         HAS_SOURCE,
         HAS_SIZES,
         HAS_DEVICE_LENGTH,
@@ -195,127 +219,122 @@ def _no_repeat_ngram_ban_kernel(
         tl.store(scores_ptr + token * scores_col_stride, minus_infinity, mask=banned)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=_NUMBERS)
 def _no_repeat_ngram_copy_kernel(
     out_ptr,
-    out_row_stride,
     scores_ptr,
-    scores_row_stride,
-    scores_col_stride,
-    vocab,
     ids_ptr,
+    source_ptr,
+    sizes_ptr,
+    device_length_ptr,
+    scores_row_units,
+    scores_col_stride,
+    vocab_units,
     ids_row_stride,
     ids_col_stride,
-    source_ptr,
     source_row_stride,
     source_col_stride,
     source_length,
     rows_per_source,
-    sizes_ptr,
     sizes_stride,
-    device_length_ptr,
     size,
     length,
-    capacity,
     HAS_SOURCE: tl.constexpr,
     HAS_SIZES: tl.constexpr,
     HAS_DEVICE_LENGTH: tl.constexpr,
     SIZE: tl.constexpr,
+    TIGHT: tl.constexpr,
+    UNIT: tl.constexpr,
     STRETCH: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
+    chained(CHAIN)
+    if TIGHT:
+        scores_col_stride = 1
+        ids_col_stride = 1
+        source_col_stride = 1
     row = tl.program_id(0).to(tl.int64)
     text_ptr, text_col_stride, ending_ptr, windows, n = _row_geometry(
         row,
         ids_ptr,
+        source_ptr,
+        sizes_ptr,
+        device_length_ptr,
         ids_row_stride,
         ids_col_stride,
-        source_ptr,
         source_row_stride,
         source_col_stride,
         source_length,
         rows_per_source,
-        sizes_ptr,
         sizes_stride,
-        device_length_ptr,
         size,
         length,
-        capacity,
         HAS_SOURCE,
         HAS_SIZES,
         HAS_DEVICE_LENGTH,
         SIZE,
     )
-    scores_ptr += row * scores_row_stride
-    out_ptr += row * out_row_stride
+    # The vocabulary too must be seen to be a multiple of UNIT: the mask of neighbours is one only then, and scores are copied
+    # 16 bytes at a time. Copied one by one, 256×32128 in bfloat16 took 34 µs on an H200, of which 7 are the bytes.
+    vocab = tl.cast(vocab_units, tl.int64) * UNIT
+    scores_ptr += row * scores_row_units * UNIT
+    out_ptr += row * vocab
     lowest = tl.program_id(1).to(tl.int64) * STRETCH
-    highest = tl.minimum(lowest + STRETCH, tl.cast(vocab, tl.int64))
     cols = lowest + tl.arange(0, STRETCH)
-    cols_mask = cols < highest
+    cols_mask = cols < vocab
     scores = tl.load(scores_ptr + cols * scores_col_stride, mask=cols_mask, other=0)
+    # The first windows are read while the scores are on their way: else two waits of a microsecond would follow each other.
+    highest = tl.minimum(lowest + STRETCH, vocab)
+    begin, step = tl.full([], 0, tl.int64), tl.full([], BLOCK, tl.int64)
+    token, banned = _matching_tokens(
+        text_ptr, text_col_stride, ending_ptr, ids_col_stride, windows, begin, n, lowest, highest, SIZE, BLOCK
+    )
     tl.store(out_ptr + cols, scores, mask=cols_mask)
     # A ban below may be written by another thread of this program than the copy of the same score.
     tl.debug_barrier()
     minus_infinity = tl.full([BLOCK], float("-inf"), tl.float32).to(out_ptr.dtype.element_ty)
-    for first in range(tl.full([], 0, tl.int64), windows, tl.full([], BLOCK, tl.int64)):
+    tl.store(out_ptr + token, minus_infinity, mask=banned)
+    for first in range(step, windows, step):
         token, banned = _matching_tokens(
             text_ptr, text_col_stride, ending_ptr, ids_col_stride, windows, first, n, lowest, highest, SIZE, BLOCK
         )
         tl.store(out_ptr + token, minus_infinity, mask=banned)
 
 
-def _arguments(
-    scores: Tensor,
+_BAN = Kernel(_no_repeat_ngram_ban_kernel)
+_COPY = Kernel(_no_repeat_ngram_copy_kernel)
+
+
+def _texts(
+    rows: int,
+    scores_col_stride: int,
     ids: Tensor,
     source: Tensor | None,
     size: int,
     sizes: Tensor | None,
     length: int,
     device_length: Tensor | None,
-) -> tuple[tuple[Any, ...], dict[str, Any], int]:
-    """What both kernels take after the scores, and an upper bound of the windows in a row."""
-    rows, vocab = scores.shape
-    capacity = ids.shape[1]
-    searched = source.shape[1] if source is not None else (length if device_length is None else capacity)
-    source_arguments: tuple[Any, ...] = (None, 0, 0, 0, 1)
-    if source is not None:
-        source_arguments = (source, source.stride(0), source.stride(1), source.shape[1], rows // source.shape[0])
-    arguments = (
-        vocab,
-        ids,
-        ids.stride(0),
-        ids.stride(1),
-        *source_arguments,
-        sizes,
-        0 if sizes is None else sizes.stride(0),
-        device_length,
-        size,
-        length,
-        capacity,
-    )
-    options = {
-        "HAS_SOURCE": source is not None,
-        "HAS_SIZES": sizes is not None,
-        "HAS_DEVICE_LENGTH": device_length is not None,
-        "SIZE": size if sizes is None and size <= _UNROLLED_SIZE else 0,
-    }
-    return arguments, options, searched - (size if sizes is None else 1) + 1
-
-
-def _seen(argument: Any) -> Any:
-    """What triton may look at in an argument: where it does not, as in numbers that vary, a kernel is noted twice."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    return argument if argument is None else (argument == 1, argument % 16 == 0)
-
-
-def _launch(kernel: Any, grid: tuple[int, int], scores: Tensor, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    with on_device(scores):
-        if THREAD.rehearsal is not None and scores.is_cuda:
-            key = (kernel, scores.device, *map(_seen, arguments), *options.items())
-            note(THREAD.rehearsal, key, kernel, grid, arguments, options)
-        else:
-            kernel[grid](*arguments, **options)
+) -> tuple[tuple[int, ...], tuple[bool | int, ...], int]:
+    """Numbers and constants that both kernels take after those of the scores, and an upper bound of the windows in a row."""
+    ids_row_stride, ids_col_stride = ids.stride()
+    tight = scores_col_stride == 1 and ids_col_stride == 1
+    if device_length is not None:
+        length = ids.shape[1]  # what the device's is clamped to
+    if source is None:
+        searched = length
+        numbers: tuple[int, ...] = (ids_row_stride, ids_col_stride, 0, 0, 0, 1)
+    else:
+        sources, searched = source.shape
+        source_row_stride, source_col_stride = source.stride()
+        tight = tight and source_col_stride == 1
+        numbers = (ids_row_stride, ids_col_stride, source_row_stride, source_col_stride, searched, rows // sources)
+    if sizes is None:
+        sizes_stride, unrolled, least = 0, size if size <= _UNROLLED_SIZE else 0, size
+    else:
+        sizes_stride, unrolled, least = sizes.stride(0), 0, 1
+    constants = (source is not None, sizes is not None, device_length is not None, unrolled, tight)
+    return (*numbers, sizes_stride, size, length), constants, searched - least + 1
 
 
 def launch_no_repeat_ngram_(
@@ -329,15 +348,22 @@ def launch_no_repeat_ngram_(
 ) -> None:
     """One launch that bans in place; none where nothing can be banned."""
     _check(scores, ids, source, size, sizes, length, device_length, in_place=True)
-    if scores.numel() == 0:
+    rows, vocab = scores.shape
+    if rows == 0 or vocab == 0:
         return
-    arguments, options, windows = _arguments(scores, ids, source, size, sizes, length, device_length)
+    row_stride, col_stride = scores.stride()
+    numbers, constants, windows = _texts(rows, col_stride, ids, source, size, sizes, length, device_length)
     if windows < 1:
         return
-    cut = choose_cut(scores.shape[0], windows)
-    head = (scores, scores.stride(0), scores.stride(1))
-    options |= {"BLOCK": cut.block, "num_warps": cut.warps}
-    _launch(_no_repeat_ngram_ban_kernel, (scores.shape[0], cut.chunks), scores, (*head, *arguments), options)
+    cut = choose_cut(rows, windows)
+    with on_device(scores):
+        _BAN(
+            (rows, cut.chunks),
+            (scores, ids, source, sizes, device_length),
+            (row_stride, col_stride, vocab, *numbers),
+            (*constants, cut.block, chain(scores)),
+            cut.warps,
+        )
 
 
 def launch_no_repeat_ngram(
@@ -351,18 +377,25 @@ def launch_no_repeat_ngram(
 ) -> Tensor:
     """Copy and ban in one launch for a short text, in two for a long one."""
     _check(scores, ids, source, size, sizes, length, device_length, in_place=False)
-    if scores.numel() == 0:
+    rows, vocab = scores.shape
+    if rows == 0 or vocab == 0:
         return torch.empty_like(scores, memory_format=torch.contiguous_format)
-    arguments, options, windows = _arguments(scores, ids, source, size, sizes, length, device_length)
+    row_stride, col_stride = scores.stride()
+    numbers, constants, windows = _texts(rows, col_stride, ids, source, size, sizes, length, device_length)
     if windows < 1 or windows > FUSED_COPY_TOKENS:
         result = scores.clone(memory_format=torch.contiguous_format)
         launch_no_repeat_ngram_(result, ids, source, size, sizes, length, device_length)
         return result
     result = torch.empty_like(scores, memory_format=torch.contiguous_format)
-    head = (result, result.stride(0), scores, scores.stride(0), scores.stride(1))
-    options |= {"STRETCH": STRETCH, "BLOCK": 128 if windows <= 128 else 512, "num_warps": _STRETCH_WARPS}
-    grid = scores.shape[0], triton.cdiv(scores.shape[1], STRETCH)
-    _launch(_no_repeat_ngram_copy_kernel, grid, scores, (*head, *arguments), options)
+    unit = stride_unit(row_stride, vocab)
+    with on_device(scores):
+        _COPY(
+            (rows, -(-vocab // STRETCH)),
+            (result, scores, ids, source, sizes, device_length),
+            (row_stride // unit, col_stride, vocab // unit, *numbers),
+            (*constants, unit, STRETCH, 128 if windows <= 128 else 512, chain(scores)),
+            _STRETCH_WARPS,
+        )
     return result
 
 

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from oslo_fusion.triton.launch import Kernel, chain, let_next_begin, wait_for_previous
-from oslo_fusion.triton.rows import PHASES, RowBlocks
+from oslo_fusion.triton.rows import PHASES, RowBlocks, even_programs
 
 _BORDER = 16  # bytes
 
@@ -244,6 +244,12 @@ def programs_of(blocks: RowBlocks, num_rows: int) -> int:
     return num_rows if num_rows <= blocks.programs else max(PHASES, blocks.programs // PHASES * PHASES)
 
 
+def even_programs_of(blocks: RowBlocks, num_rows: int) -> int:
+    """The fewest of :func:`programs_of` of which none takes longer: each costs a row of partial sums."""
+    most = programs_of(blocks, num_rows)
+    return -(-even_programs(num_rows, most) // PHASES) * PHASES if num_rows > most else most
+
+
 def launch_forward(
     x: Tensor,
     residual: Tensor | None,
@@ -307,7 +313,7 @@ def launch_backward(
         neither is wanted.
     """
     dim, num_rows, sums = s.shape[-1], rstd.numel(), weight_gradient + bias_gradient
-    programs = programs_of(blocks, num_rows)
+    programs = even_programs_of(blocks, num_rows)
     partials = torch.empty((sums, programs, dim), dtype=torch.float32, device=s.device) if sums else None
     _BACKWARD(
         (programs,),

@@ -77,7 +77,7 @@ def even_programs(tiles: int, most: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def forward_blocks(dim: int, itemsize: int, few: bool) -> RowBlocks:
+def forward_blocks(dim: int, itemsize: int, few: bool, vectors: int = 1) -> RowBlocks:
     """How a forward over rows of ``dim`` numbers of ``itemsize`` bytes is cut.
 
     Args:
@@ -85,6 +85,7 @@ def forward_blocks(dim: int, itemsize: int, few: bool) -> RowBlocks:
         itemsize: bytes of a number that is read, 2 or 4.
         few: fewer rows than the device has places for: then a row is spread over as many warps as it feeds with one 16-byte
             load per thread, for the shortest time; otherwise a thread loads 64 bytes, for the most bytes under way.
+        vectors: how many rows of weights every row reads, weight and bias.
     """
     columns = _power_of_two(dim)
     if few:
@@ -98,11 +99,14 @@ def forward_blocks(dim: int, itemsize: int, few: bool) -> RowBlocks:
         per_thread = 32
     elif itemsize == 4 and columns == 4096:
         per_thread = 8
-    fewest, most = (2 if itemsize == 2 and columns <= 1024 else 4), (8 if columns > REGISTER_COLUMNS else _MAX_WARPS)
+    # A weight and a bias of 16384 float32 numbers are more than the L1 cache keeps beside two such rows: with 16 warps, and one
+    # row at a time, 1005 µs and not 1071.
+    fits = columns * itemsize * vectors <= 64 << 10
+    fewest, most = (2 if itemsize == 2 and columns <= 1024 else 4), (8 if columns > REGISTER_COLUMNS and fits else _MAX_WARPS)
     warps = min(most, max(fewest, columns // (32 * per_thread)))
-    # Layer norm with one reduction across warps in place of two has 2 barriers in place of 5, and in wide rows no more
-    # instructions (16384 bfloat16: 896 and 904, float32 664 and 672; 8192 544 and 512, 328 and 272; sm_90, Triton 3.6).
-    joined = columns > REGISTER_COLUMNS
+    # Layer norm with one reduction across warps in place of two: 517 µs and not 521 for 32768×16384 bfloat16. In float32 there
+    # is nothing to win, and 1/std of rows far from zero would lose digits.
+    joined = columns > REGISTER_COLUMNS and itemsize == 2
     return RowBlocks(max(1, 32 * warps * per_thread // columns), columns, warps, joined=joined)
 
 
@@ -163,19 +167,26 @@ def backward_blocks(
     return RowBlocks(rows, columns, warps, programs, stages, reload, early=early)
 
 
-def wide_backward_blocks(itemsize: int, num_rows: int, processors: int) -> RowBlocks:
+def wide_backward_blocks(itemsize: int, halves: int, added: bool, num_rows: int, processors: int) -> RowBlocks:
     """How a layer norm's backward is cut that sums two gradients over rows too wide for the registers beside these sums.
+
+    Args:
+        itemsize: as in :func:`forward_blocks`.
+        halves: 2 where two numbers are read as one word, otherwise 1.
+        added: whether a gradient from elsewhere is added, for which there are registers with a part less ahead.
+        num_rows, processors: as in :func:`backward_blocks`.
 
     Returns:
         ``columns`` is the width of a part of the row; ``ahead`` how many parts of the next row are loaded before this one is
         finished.
     """
-    # From a sweep on one H200 at 32768×16384: 873 µs against 1015 with nothing ahead in bfloat16, 1686 against 2020 with two
-    # parts ahead in float32. Launched early the latter took 1752 µs, though only one program fits: its row, 128 KB, is read
-    # again from the L1 cache, and a guess is that this is small while shared memory is set aside for the kernel before.
-    half = itemsize == 2
+    # From sweeps on one H200 at 32768×16384. In 16-bit numbers 873 µs against 1015 with nothing ahead; as words, with room for
+    # three parts of four, 828. In float32 1686 against 2020 with two parts ahead; launched early it took 1752, though only one
+    # program fits: its row, 128 KB, is read again from the L1 cache, and a guess is that this is small while shared memory is
+    # set aside for the kernel before.
+    ahead = 0 if itemsize > 2 else 4 if halves == 1 else 2 if added else 3
     programs = even_programs(num_rows, processors)
-    return RowBlocks(1, WIDE_PART, _MAX_WARPS, programs, reload=True, ahead=4 if half else 0, early=half)
+    return RowBlocks(1, WIDE_PART * halves, _MAX_WARPS, programs, reload=True, ahead=ahead, early=itemsize == 2)
 
 
 def is_ragged(dim: int, least: int, *itemsizes: int) -> bool:
@@ -262,10 +273,13 @@ def device_facts(x: Tensor) -> tuple[int, int]:
     return _facts(x.device.index) if x.is_cuda else _INTERPRETED[1:]
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the tensor's device the current one, which is where triton launches."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+    if not x.is_cuda or x.device.index == torch._C._cuda_getDevice():
+        return _HERE
     return torch.cuda.device(x.device)
 
 
@@ -309,6 +323,7 @@ def _column_sums_kernel(
     third_ptr,
     num_partials,
     DIM: tl.constexpr,
+    HALVES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHAIN: tl.constexpr,
@@ -324,6 +339,8 @@ def _column_sums_kernel(
         mask = (rows < num_partials)[:, None] & cols_mask[None, :]
         total += tl.load(start_ptr + rows[:, None] * DIM + cols[None, :], mask=mask, other=0.0)
     result = tl.sum(total, axis=0)
+    if HALVES == 2:
+        cols = tl.where(cols < DIM // 2, 2 * cols, 2 * cols - DIM + 1)
     if which == 0:
         tl.store(first_ptr + cols, result.to(first_ptr.dtype.element_ty), mask=cols_mask)
     elif which == 1:
@@ -335,16 +352,19 @@ def _column_sums_kernel(
 _COLUMN_SUMS = Kernel(_column_sums_kernel)
 
 
-def column_sums(partials: Tensor, first: Tensor, *others: Tensor) -> None:
+def column_sums(partials: Tensor, first: Tensor, *others: Tensor, halves: int = 1) -> None:
     """Sum what every program left behind, always in the same order: the second stage of weight gradients.
 
     Args:
         partials: ``[1 to 3, programs, dim]`` float32, contiguous.
         first: ``[dim]``, receives the sums of ``partials[0]``, rounded once.
         others: ``[dim]`` each, receive those of ``partials[1]`` and ``partials[2]``.
+        halves: 2 where the sums of even columns stand before those of odd ones.
     """
     kinds, programs, dim = partials.shape
     second, third = (*others, first, first)[:2]  # what there are no sums for is not written
-    # 32 columns are one 128-byte line of each row of partial sums, and enough programs to fill the device from 4096 columns on.
-    constants = (dim, 128, 32, chain(partials))
-    _COLUMN_SUMS((-(-dim // 32), kinds), (partials, first, second, third), (programs,), constants, 8)
+    # Whole lines of 32 columns if that gives 512 programs: two sums of 16384 columns by 128 programs 4.5 µs, with 8 warps 6.0,
+    # half lines 4.8. Half lines, by more programs, for fewer columns: 768, by 528 programs, 2.8 µs and not 3.4.
+    rows, block = (128, 32) if kinds * dim > 8192 else (64, 16)
+    constants = (dim, halves, rows, block, chain(partials))
+    _COLUMN_SUMS((-(-dim // block), kinds), (partials, first, second, third), (programs,), constants, 4)

@@ -81,7 +81,7 @@ def test_default_providers_leave_out_one_in_training(monkeypatch, tmp_path):
     assert asked == [("forward", workload.PROVIDERS), ("training", ("eager", "compile", "oslo_fusion"))]
 
 
-def test_compiled_layers_are_timed_in_a_file_of_their_own(tmp_path, monkeypatch):
+def test_the_compiled_forward_is_timed_in_a_file_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "COMPILER", "eager")  # the graphs as they are: Inductor takes a minute here
     code, found = run(tmp_path, "--memory-efficient", "--dtypes", "fp32", "--providers", "eager,oslo_fusion", "--size", "tiny")
     assert code == 0
@@ -89,8 +89,8 @@ def test_compiled_layers_are_timed_in_a_file_of_their_own(tmp_path, monkeypatch)
     assert path.name.startswith("gpt2-memory-efficient-cpu-")
     (section,) = found["sections"]
     assert section["workload"]["mode"] == "forward"
-    assert section["fusion"]["kinds"]["repeated layer"] == 2
-    assert section["config"]["memory_efficient_fusion"]["scope"] == "layer"
+    assert section["fusion"]["kinds"]["whole forward"] == 1
+    assert section["config"]["memory_efficient_fusion"]["scope"] == "model"
 
 
 def test_no_section_begins_after_the_time(tmp_path):

@@ -425,7 +425,7 @@ def test_a_step_of_bert_on_a_gpu(autocast: bool, build: Any) -> None:
             assert {r.outcome for r in oslo_fusion.report(model).rows if r.site.kind == KIND} == {"fused"}
         for _ in range(2):
             torch.cuda.reset_peak_memory_stats()
-            base = torch.cuda.memory_allocated()
+            base = torch.cuda.memory_stats()["requested_bytes.all.current"]
             with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
                 output = model[0](x)
                 output = output[0] if isinstance(output, tuple) else output
@@ -433,7 +433,8 @@ def test_a_step_of_bert_on_a_gpu(autocast: bool, build: Any) -> None:
             loss.backward()
             losses.append(loss.item())
             model.zero_grad()
-        peaks.append(torch.cuda.max_memory_allocated() - base)
+        # What was asked for: a block that is allocated may be up to a megabyte larger, by what was freed before.
+        peaks.append(torch.cuda.memory_stats()["requested_bytes.all.peak"] - base)
     assert len(set(losses)) == 4
     assert max(losses) == pytest.approx(min(losses), rel=0.02)
     assert peaks[1] <= peaks[0]

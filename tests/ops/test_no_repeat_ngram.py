@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import EncoderNoRepeatNGramLogitsProcessor, NoRepeatNGramLogitsProcessor
 
 from oslo_fusion import extension
@@ -114,6 +115,8 @@ CASES = {
     "beyond one block": Case(rows=2, length=1500, n=3),
     "beyond one launch": Case(rows=2, length=3000, n=3),
     "vocabulary beyond one stretch": Case(rows=2, vocab=8200, alphabet=8200, length=300, n=1),
+    "vocabulary of whole units": Case(vocab=48, alphabet=48, n=1),
+    "whole units beyond one stretch": Case(rows=2, vocab=4112, alphabet=4112, length=300, n=1, dtype=torch.bfloat16),
     "int32 ids": Case(ids_dtype=torch.int32),
     **{str(dtype): Case(dtype=dtype) for dtype in DTYPES},
 }
@@ -181,6 +184,16 @@ def test_length_and_sizes_on_the_device(implementation: Implementation, name: st
         check(implementation, scores, (buffer, None, 0, sizes, 0, length), torch.stack(mixed))
 
 
+def test_a_size_far_beyond_the_text_costs_nothing(implementation: Implementation) -> None:
+    """Were its row's ending read, it would lie before the ids; were its n - 1 tokens gone through, it would take minutes."""
+    scores, ids, source = Case(rows=4).draw(implementation.device)
+    sizes = torch.tensor([2, 2**40, 42, 2**31], device=implementation.device)
+    expected = torch.cat([oracle(scores[:1], ids[:1], 2), scores[1:].cpu()])
+    check(implementation, scores, (ids, None, 0, sizes, 40, None), expected)
+    encoder = torch.cat([oracle(scores[:1], ids[:1], 2, source[:1]), oracle(scores[1:], ids[1:], 50)])
+    check(implementation, scores, (ids, source, 0, sizes, 40, None), encoder)
+
+
 def test_a_length_on_the_device_is_clamped(implementation: Implementation) -> None:
     scores, ids, _ = Case().draw(implementation.device)
     for value, expected in ((10**9, oracle(scores, ids, 2)), (-5, scores.cpu())):
@@ -216,6 +229,16 @@ def test_strided_and_expanded_inputs(implementation: Implementation) -> None:
     assert torch.equal(bits(result), bits(oracle(one_score, one_text, 2)))
     sizes = torch.tensor(3, device=device).expand(4)
     check(implementation, scores, (one_text, None, 0, sizes, ids.shape[1], None), oracle(scores, one_text, 3))
+
+
+def test_rows_of_whole_units_a_stride_apart(implementation: Implementation) -> None:
+    """What divides a row's width and not its stride, or the other way round, must not be taken for a unit of both."""
+    scores, ids, _ = Case(rows=4, vocab=96, alphabet=48).draw(implementation.device)
+    for width, shift in ((48, 0), (48, 4), (47, 0), (40, 1)):
+        part = scores[:, shift : shift + width]
+        check(implementation, part, (ids, None, 1, None, ids.shape[1], None), oracle(part, ids, 1))
+        wide = scores[:, : 2 * width].reshape(-1)[: 4 * (width + 1)].as_strided((4, width), (width + 1, 1))
+        check(implementation, wide, (ids, None, 1, None, ids.shape[1], None), oracle(wide, ids, 1))
 
 
 def test_ids_and_source_of_different_widths(implementation: Implementation) -> None:
@@ -309,6 +332,26 @@ def test_gradient_is_zero_at_bans_and_one_elsewhere() -> None:
     assert grad.tolist() == [[1, 1, 0, 1]]
     with pytest.raises(ValueError, match="requires grad"):
         op.no_repeat_ngram_(scores, torch.tensor([[1, 2, 1]]), 2)
+
+
+def test_only_plain_calls_pass_by_the_dispatcher() -> None:
+    """Under ``no_grad`` the gradient's key is left out; with a gradient, and for tensors of another kind, it is not."""
+    scores, ids, _ = Case().draw(torch.device("cpu"))
+    expected = oracle(scores, ids, 2)
+    scores.requires_grad_()
+    assert op.no_repeat_ngram(scores, ids, 2).grad_fn is not None
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            result = op.no_repeat_ngram(scores, ids, 2)
+        assert result.grad_fn is None
+        assert torch.equal(bits(result), bits(expected))
+    plain_scores = scores.detach()
+    with FakeTensorMode() as fake:
+        imagined = op.no_repeat_ngram(fake.from_tensor(plain_scores), fake.from_tensor(ids), 2)
+    assert isinstance(imagined, FakeTensor)
+    if op.implementation("cpu") == "c++":
+        _, operator, _, plain = op._functions(scores.device, "auto")
+        assert plain is not operator
 
 
 def test_public_functions() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,18 @@ import torch
 triton = pytest.importorskip("triton")
 
 import oslo_fusion.triton  # noqa: E402
+from oslo_fusion.ops.no_repeat_ngram import no_repeat_ngram_reference, no_repeat_ngram_reference_  # noqa: E402
 from oslo_fusion.ops.rms_norm import rms_norm, rms_norm_reference  # noqa: E402
-from oslo_fusion.triton import feed_forward, glu, launch, layer_norm, ragged_rows, rope, rows  # noqa: E402
+from oslo_fusion.triton import (  # noqa: E402
+    feed_forward,
+    glu,
+    launch,
+    layer_norm,
+    no_repeat_ngram,
+    ragged_rows,
+    rope,
+    rows,
+)
 from oslo_fusion.triton import rms_norm as kernels  # noqa: E402
 from oslo_fusion.triton.launch import Kernel  # noqa: E402
 
@@ -164,6 +176,44 @@ def test_rotations_and_gated_products_wait_too(monkeypatch: pytest.MonkeyPatch) 
             result.fill_(7.0)
         graph.replay()
         torch.testing.assert_close(captured, expected)
+
+
+@pytest.mark.gpu
+def test_bans_wait_for_scores_text_and_length() -> None:
+    """Each of them is written by the kernel before, and what one launch has read is written over by the next."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, weight = torch.randn(8, 32128, device="cuda", generator=generator), torch.ones(32128, device="cuda")
+    long = torch.randint(0, 60, (8, 100_000), device="cuda", generator=generator)
+    short, other = long[:, :300].contiguous(), long[:, 300:600].contiguous()
+    text, length = torch.zeros_like(short), torch.zeros((), dtype=torch.long, device="cuda")
+
+    def run(ban_: Callable[..., None], ban: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        scores = rms_norm(x, weight, eps=1e-6)
+        ban_(scores, long, None, 3, None, 100_000, None)  # over what one of ours has written
+        first = ban(scores, short, None, 2, None, 300, None)  # reads what that has banned
+        ban_(scores, other, None, 1, None, 300, None)  # not seen by the one before
+        second = ban(scores, other, short[:4], 2, None, 300, None)
+        text.copy_(short)
+        third = ban(second, text, None, 2, None, 300, None)
+        length.fill_(200)
+        ban_(third, text, None, 1, None, 0, length)
+        text.zero_()
+        length.zero_()
+        return [scores, first, second, third, ban(third, text, None, 1, None, 0, length)]
+
+    expected = run(no_repeat_ngram_reference_, no_repeat_ngram_reference)
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(expected[:-1])), "every step bans something"
+    ours: Any = no_repeat_ngram.launch_no_repeat_ngram_, no_repeat_ngram.launch_no_repeat_ngram
+    for _ in range(3):
+        assert all(map(torch.equal, run(*ours), expected))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(*ours)
+    for _ in range(3):
+        for result in captured:
+            result.fill_(7.0)
+        graph.replay()
+        assert all(map(torch.equal, captured, expected))
 
 
 @pytest.mark.gpu

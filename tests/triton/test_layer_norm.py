@@ -217,26 +217,27 @@ def test_a_walk_that_is_launched_early_fills_a_multiprocessor(
         **{"WEIGHT_GRADIENT": True, "BIAS_GRADIENT": True},
     }
     if dim > 8192:
-        kernel, blocks = kernels._layer_norm_wide_bwd_kernel, wide_backward_blocks(itemsize, 1 << 20, processors)
-        values |= {"PARTS": dim // blocks.columns, "VECTOR": 4, "AHEAD": blocks.ahead}
+        halves = 2 if dtype == "bf16" else 1
+        kernel, blocks = kernels._layer_norm_wide_bwd_kernel, wide_backward_blocks(itemsize, halves, False, 1 << 20, processors)
+        values |= {"PARTS": dim // blocks.columns, "VECTOR": 4, "AHEAD": blocks.ahead, "HALVES": halves}
+        values["BLOCK"] = blocks.columns // halves
     else:
         kernel = kernels._layer_norm_bwd_kernel
         blocks = backward_blocks(dim, itemsize, itemsize, 1 << 20, 2, 2, processors, shared)
-        values |= {"ROWS": blocks.rows, "STAGES": blocks.stages}
+        values |= {"ROWS": blocks.rows, "STAGES": blocks.stages, "BLOCK": blocks.columns}
     assert blocks.early == (dtype == "bf16" or dim in (5120, 8192))
     if not blocks.early:
         return
     arguments = {"num_warps": blocks.warps, "targets": ("sm_90",), "spill_allowed": 48 if dim > 8192 else 0}
-    built = compile_for_all_targets(kernel, signature(kernel, dtype), {**values, "BLOCK": blocks.columns}, **arguments)["sm_90"]
+    built = compile_for_all_targets(kernel, signature(kernel, dtype), values, **arguments)["sm_90"]
     assert built.resident(blocks.warps) * processors <= blocks.programs
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("dim", [12288, 16384])
-def test_one_reduction_compiles_for_every_target(dim: int, dtype: str, compile_for_all_targets: Callable[..., Any]) -> None:
+def test_one_reduction_compiles_for_every_target(dim: int, compile_for_all_targets: Callable[..., Any]) -> None:
     """And a warp's own numbers stay where they are: what crosses warps is a count, a mean and a sum of each."""
-    kernel, itemsize = kernels._layer_norm_fwd_kernel, 2 if dtype == "bf16" else 4
-    blocks = replace(forward_blocks(dim, itemsize, False), joined=True)
+    kernel, dtype, itemsize = kernels._layer_norm_fwd_kernel, "bf16", 2
+    blocks = forward_blocks(dim, itemsize, False, 2)
     values = {
         **{"DIM": dim, "UNIT": 16, "WEIGHT_OFFSET": 0.0, "HAS_WEIGHT": True, "HAS_BIAS": True, "HAS_RESIDUAL": False},
         **{"ROWS": 1, "BLOCK": blocks.columns, "WARPS": blocks.warps, "residual_ptr": None, "s_ptr": None},
@@ -260,7 +261,7 @@ def test_one_reduction_compiles_for_every_target(dim: int, dtype: str, compile_f
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows_are", ["plain", "far from zero", "an outlier", "one number"])
 @pytest.mark.parametrize(("dim", "warps"), [(2048, 4), (1536, 2)])
 def test_one_reduction_keeps_the_law(dim: int, warps: int, rows_are: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -290,27 +291,28 @@ def test_one_reduction_keeps_the_law(dim: int, warps: int, rows_are: str, dtype:
 
 
 def test_a_row_is_joined_where_every_warp_has_as_many_of_its_numbers() -> None:
-    for dim, itemsize in ((16384, 2), (16384, 4), (12288, 2), (9216, 4)):
+    for dim, itemsize in ((16384, 2), (12288, 2)):
         assert joined_warps(forward_blocks(dim, itemsize, False), dim, 32 * 16 // itemsize) == 8
     for dim in (768, 4096, 5120, 8192, 9216, 16383):
         assert joined_warps(forward_blocks(dim, 2, False), dim, 32 * 8) == 0
+    assert joined_warps(forward_blocks(16384, 4, False, 2), 16384, 32 * 4) == 0  # nothing to win
     assert joined_warps(forward_blocks(16384, 2, True), 16384, 32 * 8) == 0
     assert joined_warps(rows.RowBlocks(1, 16, 1, joined=True), 16, 0) == 0
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("dim", [12288, 16384])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_backward_of_wide_rows_compiles_for_every_target(
     dim: int, dtype: str, with_residual: bool, compile_for_all_targets: Callable[..., Any]
 ) -> None:
     kernel = kernels._layer_norm_wide_bwd_kernel
-    itemsize = 2 if dtype == "bf16" else 4
-    blocks = wide_backward_blocks(itemsize, 32768, 132)
+    halves = 2 if dtype == "bf16" else 1
+    blocks = wide_backward_blocks(4 if dtype == "fp32" else 2, halves, with_residual, 32768, 132)
     values = {
         **{"DIM": dim, "UNIT": 16, "WEIGHT_OFFSET": 0.0, "HAS_WEIGHT": True, "HAS_DS": with_residual},
-        **{"WEIGHT_GRADIENT": True, "BIAS_GRADIENT": True, "BLOCK": blocks.columns, "PARTS": -(-dim // blocks.columns)},
-        **{"VECTOR": 4, "AHEAD": blocks.ahead},
+        **{"WEIGHT_GRADIENT": True, "BIAS_GRADIENT": True, "BLOCK": blocks.columns // halves},
+        **{"PARTS": -(-dim // blocks.columns), "VECTOR": 4, "AHEAD": blocks.ahead, "HALVES": halves},
         **({} if with_residual else {"ds_ptr": None}),
     }
     types, warps = signature(kernel, dtype), blocks.warps
@@ -328,30 +330,81 @@ def test_column_sums_compile_for_every_target(dim: int, dtype: str, compile_for_
     kernel = rows._column_sums_kernel
     sums = {f"{name}_ptr": f"*{dtype}" for name in ("first", "second", "third")}
     types = {"partials_ptr": "*fp32", **sums, "num_partials": "i32"}
-    compile_for_all_targets(kernel, types, {"DIM": dim, "ROWS": 128, "BLOCK": 32}, num_warps=8)
+    for halves, tile in ((1, {"ROWS": 128, "BLOCK": 32}), (2, {"ROWS": 64, "BLOCK": 16})):
+        compile_for_all_targets(kernel, types, {"DIM": dim, "HALVES": halves, **tile}, num_warps=4)
 
 
-@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(
+    ("itemsize", "halves", "added", "ahead"), [(2, 1, False, 4), (2, 2, False, 3), (2, 2, True, 2), (4, 1, False, 0)]
+)
 @pytest.mark.parametrize("dim", [8193, 12288, 16384])
-def test_parts_of_wide_rows_cover_them(dim: int, itemsize: int) -> None:
-    blocks = wide_backward_blocks(itemsize, 32768, 132)
-    assert blocks.ahead == {2: 4, 4: 0}[itemsize], "not what the sweep chose"
-    assert blocks.ahead * blocks.columns < dim, "a part that the row does not have"
+def test_parts_of_wide_rows_cover_them(dim: int, itemsize: int, halves: int, added: bool, ahead: int) -> None:
+    blocks = wide_backward_blocks(itemsize, halves, added, 32768, 132)
+    assert blocks.ahead == ahead, "not what the sweep chose"
+    assert blocks.ahead <= -(-dim // blocks.columns), "a part that the row does not have"
     assert blocks.programs == 132
-    assert wide_backward_blocks(itemsize, 5, 132).programs == 5
+    assert wide_backward_blocks(itemsize, halves, added, 5, 132).programs == 5
 
 
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("cut", [(4096, 0), (2048, 0), (2048, 4), (1024, 7)])
-def test_wide_rows_in_other_parts(cut: tuple[int, int], device: torch.device) -> None:
-    draw = drawer(torch.float16, device)
-    x, weight, bias, dy = draw(11, 8200), draw(8200), draw(8200), draw(11, 8200)
-    _, _, mean, rstd = kernels.launch_layer_norm(x, weight, bias, None, EPS, 0.0, None)
-    blocks = replace(wide_backward_blocks(2, 11, 4), columns=cut[0], ahead=cut[1])
-    arguments = (dy, None, x, weight, bias, mean, rstd)
-    ours = kernels.launch_layer_norm_backward(*arguments, 0.0, True, True, blocks)
-    theirs = op.layer_norm_backward_reference(*arguments, 0.0, True, True)
+def backward_under_the_law(arguments: tuple[Tensor | None, ...], what: str, blocks: rows.RowBlocks | None = None) -> None:
+    ours = kernels.launch_layer_norm_backward(*arguments, 0.0, True, True, blocks)  # type: ignore[arg-type]
+    theirs = op.layer_norm_backward_reference(*arguments, 0.0, True, True)  # type: ignore[arg-type]
     wide = [t if t is None else t.double() for t in arguments]
     truth = op.layer_norm_backward_reference(*wide, 0.0, True, True)  # type: ignore[arg-type]
     for name, *tensors in zip(("dx", "dweight", "dbias"), ours, theirs, truth, strict=True):
-        assert_close_to_reference(*tensors, f"parts of {cut[0]}, {cut[1]} ahead, {name}")
+        assert_close_to_reference(*tensors, f"{what}, {name}")
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cut", [(4096, 0), (2048, 0), (2048, 4), (1024, 7)])
+def test_wide_rows_in_other_parts(cut: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    draw = drawer(dtype, device)
+    x, weight, bias, dy = draw(11, 8200), draw(8200), draw(8200), draw(11, 8200)
+    _, _, mean, rstd = kernels.launch_layer_norm(x, weight, bias, None, EPS, 0.0, None)
+    blocks = replace(wide_backward_blocks(2, 1, False, 11, 4), columns=cut[0], ahead=cut[1])
+    backward_under_the_law((dy, None, x, weight, bias, mean, rstd), f"parts of {cut[0]}, {cut[1]} ahead", blocks)
+
+
+WORDS = {
+    "plain": 2,
+    "far from zero": 2,
+    "one number": 2,
+    "a gradient of its own": 2,
+    "a bias alone": 2,
+    "an even width": 2,
+    "an odd width": 1,
+    "between words": 1,
+    "a weight between words": 1,
+    "a weight in float32": 1,
+    "float16": 1,
+}
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", WORDS)
+def test_wide_rows_are_read_as_words(case: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    dim = {"an even width": 8202, "an odd width": 8201}.get(case, 8200)
+    draw = drawer(torch.float16 if case == "float16" else torch.bfloat16, device)
+    x, dy, weight, bias = draw(5, dim), draw(5, dim), draw(dim), draw(dim)
+    ds = draw(5, dim) if case == "a gradient of its own" else None
+    if case == "far from zero":
+        x = x + 100.0
+    elif case == "one number":
+        x = torch.full_like(x, 3.0)
+    elif case == "between words":
+        x = draw(5 * dim + 1)[1:].view(5, dim)
+    elif case == "a weight between words":
+        weight = draw(dim + 1)[1:]
+    elif case == "a weight in float32":
+        weight, bias = weight.float(), bias.float()
+    _, _, mean, rstd = op.layer_norm_reference(x, weight, bias, None, EPS, 0.0, None)
+    seen, launch = [], kernels._WIDE_BACKWARD
+
+    def note(grid: Any, pointers: Any, numbers: Any, constants: Any, warps: int) -> None:
+        seen.append(constants[-2])  # HALVES, before CHAIN
+        launch(grid, pointers, numbers, constants, warps)
+
+    monkeypatch.setattr(kernels, "_WIDE_BACKWARD", note)
+    backward_under_the_law((dy, ds, x, None if case == "a bias alone" else weight, bias, mean, rstd), case)
+    assert seen == [WORDS[case]]

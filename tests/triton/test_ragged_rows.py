@@ -238,6 +238,17 @@ def test_blocks_hold_the_middle_and_what_waits_fits(dim: int, itemsize: int, sha
         assert (blocks.stages - 1) * blocks.columns * itemsize * loads * per_processor < shared
         assert ragged_rows.programs_of(blocks, 10**6) % 8 == 0
         assert ragged_rows.programs_of(blocks, 5) == 5
+    for rows in (5, 1000, 4096, 32768):
+        most, fewest = ragged_rows.programs_of(backward, rows), ragged_rows.even_programs_of(backward, rows)
+        assert -(-rows // fewest) == -(-rows // most)  # none of them walks over more rows
+        assert fewest <= most
+        assert fewest in (rows, fewest // 8 * 8)
+
+
+def test_a_backward_has_the_fewest_programs_that_take_no_longer() -> None:
+    backward = ragged_backward_blocks(4097, 4, 2, 2, 132, 232_448)
+    assert ragged_rows.programs_of(backward, 4096) == 264
+    assert ragged_rows.even_programs_of(backward, 4096) == 256  # 16 rows each, as before, and two steps of the second stage
 
 
 def test_blocks_are_those_of_the_sweep() -> None:

@@ -72,7 +72,7 @@ def test_tiles_are_shared_evenly_by_as_few_programs_as_take_no_longer(tiles: int
 
 
 def test_4096_wide_rows_are_32_for_each_program() -> None:
-    assert wide_backward_blocks(2, 4096, 132).programs == 128
+    assert wide_backward_blocks(2, 2, False, 4096, 132).programs == 128
     assert backward_blocks(8192, 2, 2, 4096, 2, 2, 132, 232_448).programs == 128
     assert backward_blocks(768, 2, 2, 4096, 2, 2, 132, 232_448).programs == 264
 
