@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ before, state = torch.cuda.get_rng_state(), torch.get_rng_state()
 block = {"enable": True, "custom_cuda_kernels": ["all", "FusedLinearCrossEntropy"], "autotune": sys.argv[3]}
 plan = oslo_fusion.plan(model, {"kernel_fusion": block})
 assert torch.equal(before, torch.cuda.get_rng_state()) and torch.equal(state, torch.get_rng_state())
-rows = [(p.site.path, p.site.kind, p.outcome, p.after, p.reason if sys.argv[3] == "off" else "") for p in plan.proposals]
+rows = [(p.site.path, p.site.kind, p.outcome, p.after) for p in plan.proposals]
 print(json.dumps({"rows": rows, "compiled": compiled}))
 """
 
@@ -208,7 +209,8 @@ def test_a_plan_finds_all_its_kernels_and_decides_what_it_did_without(name: str,
     assert rehearsed["rows"] == alone["rows"]
     late = [kernel for kernel, thread in rehearsed["compiled"] if "oslo_fusion" not in thread]
     assert late == [], "compiled by the plan itself"
-    assert sorted(kernel for kernel, _ in rehearsed["compiled"]) == sorted(kernel for kernel, _ in alone["compiled"])
+    counts = [Counter(kernel for kernel, _ in found["compiled"]) for found in (rehearsed, alone)]
+    assert counts[0] >= counts[1] > Counter()
     timed = planned("with", "full")["compiled"]
     assert [kernel for kernel, thread in timed if "oslo_fusion" not in thread] == []
     assert len(timed) > len(alone["compiled"])

@@ -327,7 +327,9 @@ def _decide(module: Any, device: torch.device, dtype: torch.dtype, autotune: str
     before: Any = probe.shadow(module).eval()
     if not cross and not before.has_relative_attention_bias:
         before.has_relative_attention_bias = True
-        setattr(before, TABLE, nn.Embedding(module.relative_attention_num_buckets, module.n_heads, device=device, dtype=dtype))
+        with probe.preserved_random_state():
+            table_of_its_own = nn.Embedding(module.relative_attention_num_buckets, module.n_heads, device=device, dtype=dtype)
+        setattr(before, TABLE, table_of_its_own)
     after: Any = probe.shadow(before).eval()
     everything = frozenset((torch.float32, *HALF))
     surgery.swap(after, FusedRelativeAttention, {"device": device.type, "inference": everything, "training": everything})
