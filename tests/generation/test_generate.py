@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import logits_process
 
-from oslo_fusion import surgery
+from oslo_fusion import rehearsal, surgery
 from oslo_fusion.config import FusionConfig
 from oslo_fusion.environment import environment
 from oslo_fusion.generation import GenerationPass, room
@@ -377,6 +377,20 @@ def test_the_pass_proposes_one_site_and_changes_nothing(model: Any, kernels: tup
     expected = generate(model, ids, no_repeat_ngram_size=2)
     surgery.apply(model, proposal.swaps)
     assert_equal(generate(model, ids, no_repeat_ngram_size=2), expected)
+
+
+@pytest.mark.usefixtures("kernel_pretended")
+def test_a_rehearsal_goes_on_where_scores_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its launches are not made, so what they should have written is anything."""
+    equal = torch.equal
+    compared = []
+    monkeypatch.setattr(torch, "equal", lambda a, b: (compared.append(a), equal(a, b) and len(compared) % 2 == 0)[1])
+    with rehearsal.under(rehearsal.Rehearsal()):
+        (row,) = propose(_gpt2())
+    assert row.outcome == "fused"
+    assert len(compared) == 4 * len(room._PROVEN)
+    (row,) = propose(_gpt2())
+    assert row.reason.startswith("computes something else")
 
 
 @pytest.mark.usefixtures("kernel_pretended")

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 import oslo_fusion
-from oslo_fusion import probe, surgery
+from oslo_fusion import probe, rehearsal, surgery
 from oslo_fusion.aot import room as aot_room
 from oslo_fusion.config import FusionConfig
 from oslo_fusion.environment import environment
@@ -310,6 +310,20 @@ def test_only_what_wins(slower: bool, build: Any, monkeypatch: pytest.MonkeyPatc
     assert row.outcome == ("refused" if slower else "fused")
     assert ("not faster here" if slower else "measured") in row.reason
     assert row.timings
+
+
+@pytest.mark.usefixtures("kernels_pretended")
+def test_a_rehearsal_draws_once_and_judges_nothing(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, draw = [], loss_sites._batch
+    monkeypatch.setattr(loss_sites, "_batch", lambda *where: (drawn.append(where), draw(*where))[1])
+    monkeypatch.setattr(probe, "compare", lambda *_: probe.Comparison(1.0, 0.0, 0.0))
+    model = language_model("Llama", build)
+    with rehearsal.under(rehearsal.Rehearsal()):
+        (row,) = rows(model)
+    assert (row.outcome, len(drawn)) == ("fused", 2), "once alone and once under autocast"
+    (row,) = rows(model)
+    assert row.reason.startswith("computes something else")
+    assert len(drawn) == 2 + loss_sites._LOSSES
 
 
 @pytest.mark.usefixtures("kernels_pretended")
