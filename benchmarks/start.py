@@ -1,6 +1,6 @@
 """What a new process waits for until its second training step: with empty caches and with filled ones, phase by phase.
 
-    python -m benchmarks.start --out DIR     Llama 1.24B, layers compiled and the fused loss (four minutes on one GPU)
+    python -m benchmarks.start --out DIR     start-<device>.json: Llama 1.24B, layers compiled and the fused loss (3 minutes)
     python -m benchmarks.start --kernels     kernels alone, without Inductor
     python -m benchmarks.start --dry         a tiny model on the CPU: every code path, no figure
 
@@ -195,7 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.out is not None:
             parsed.out.mkdir(parents=True, exist_ok=True)
             result = {"benchmark": "start", **facts, "model": parsed.model, "kernels": parsed.kernels, "rows": rows}
-            (parsed.out / "start.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            path = parsed.out / f"start-{facts['device']['slug']}.json"
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     Console(width=None if sys.stdout.isatty() else 210, highlight=False).print(table(rows))
     return 0
 

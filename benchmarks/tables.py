@@ -78,6 +78,7 @@ def load(directory: Path) -> list[Result]:
         "no_repeat_ngram",
         "training",
         "distributed",
+        "start",
         "sanitizer",
     ):
         for path in sorted(directory.glob(f"{kind}-*.json")):
@@ -104,6 +105,7 @@ def sections(results: Sequence[Result], link: Callable[[Path], str]) -> list[str
     """
     makers = (
         (("training",), _training),
+        (("start",), _starts),
         (("distributed",), _distributed),
         (("linear_cross_entropy",), _losses),
         (("attention",), _attention),
@@ -490,6 +492,32 @@ def _distributed_cells(row: Data) -> list[str]:
         "–" if compiled is None else str(compiled["graphs"]),
         "–" if compiled is None else f"{len(compiled['breaks'])}, {compiled['recompiles']}",
     ]
+
+
+# --- the beginning of a process -----------------------------------------------------------------------------------------------
+
+
+def _starts(results: Sequence[Result], link: Callable[[Path], str]) -> list[str]:
+    parts = []
+    for result in results:
+        rows = [
+            [
+                row["caches"],
+                row["how"],
+                str(sum(row["compiled"].values())),
+                *(f"{row['seconds'][phase]:.1f}" for phase in ("initialize", "first step", "second step")),
+            ]
+            for row in result.data["rows"]
+        ]
+        named = MODELS.get(result.data["model"].split("-")[0], result.data["model"])
+        parts += [
+            f"**What a new process waits for**, {named}, " + ("kernels alone" if result.data["kernels"] else "layers compiled"),
+            _grid(["caches", "the plan's kernels", "compiled here", "initialize s", "first step s", "second step s"], 2, rows),
+            "Caches of Triton, Inductor and timings; *one after another*: as the plan comes to each kernel, *side by side*: by "
+            "threads before, which is what it does. Inductor's own processes compile its kernels. "
+            + _all_provenances([result], link),
+        ]
+    return parts
 
 
 # --- head and loss ------------------------------------------------------------------------------------------------------------

@@ -198,7 +198,8 @@ def test_a_plan_finds_all_its_kernels_and_decides_what_it_did_without(name: str,
 
     def planned(how: str, autotune: str) -> dict[str, Any]:
         folder = tmp_path / f"{how} {autotune}"
-        environment = {"TRITON_CACHE_DIR": str(folder), "OSLO_FUSION_CACHE": str(folder / "timings"), "PYTHONPATH": str(ROOT)}
+        paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = {"TRITON_CACHE_DIR": str(folder), "OSLO_FUSION_CACHE": str(folder / "timings"), "PYTHONPATH": paths}
         command = [sys.executable, "-c", PLANNED, name, how, autotune]
         done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-4000:]

@@ -364,8 +364,9 @@ def column_sums(partials: Tensor, first: Tensor, *others: Tensor, halves: int = 
     """
     kinds, programs, dim = partials.shape
     second, third = (*others, first, first)[:2]  # what there are no sums for is not written
-    # Whole lines of 32 columns if that gives 512 programs: two sums of 16384 columns by 128 programs 4.5 µs, with 8 warps 6.0,
-    # half lines 4.8. Half lines, by more programs, for fewer columns: 768, by 528 programs, 2.8 µs and not 3.4.
+    # Whole lines of 32 columns if that gives 512 programs: two sums of 16384 columns by 128 programs 4.2 µs, with 4 warps 4.5,
+    # with 8 6.0, half lines 4.8. Half lines, by more programs, for fewer columns: 768, by 528 programs, 2.8 µs and not 3.4.
     rows, block = (128, 32) if kinds * dim > 8192 else (64, 16)
     constants = (dim, halves, rows, block, chain(partials))
-    _COLUMN_SUMS((-(-dim // block), kinds), (partials, first, second, third), (programs,), constants, 4)
+    warps = 2 if kinds * dim > 16384 else 4
+    _COLUMN_SUMS((-(-dim // block), kinds), (partials, first, second, third), (programs,), constants, warps)

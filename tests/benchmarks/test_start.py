@@ -27,7 +27,7 @@ def test_a_process_says_its_phases() -> None:
     assert min(seconds[phase] for phase in ("imports", "model", "plan", "first step", "second step")) > 0
     assert seconds["rehearsal"] == seconds["waiting"] == 0, "there is nothing to compile on a CPU"
     assert seconds["plan"] <= seconds["initialize"]
-    assert sum(found["rooms"].values()) <= seconds["plan"]
+    assert sum(found["rooms"].values()) <= seconds["plan"] + 0.01, "each is rounded"
     assert found["losses"][0] != found["losses"][1]
     console = Console(width=210, record=True)
     console.print(start.table([{"how": start.HOWS[1], "caches": "empty", **found}]))

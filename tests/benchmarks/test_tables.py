@@ -54,6 +54,20 @@ NORMS = {
 }
 
 
+def start_row(how, caches, first):
+    seconds = {"imports": 5.0, "model": 4.0, "initialize": 9.82, "first step": first, "second step": 0.24}
+    return {"how": how, "caches": caches, "seconds": seconds, "compiled": {"beside": 28, "first step": 2}}
+
+
+START = {
+    **FACTS,
+    "benchmark": "start",
+    "model": "llama-1b",
+    "kernels": False,
+    "rows": [start_row("side by side", "empty", 4.335), start_row("side by side", "filled", 0.93)],
+}
+
+
 def ban(shape, provider, us, **more):
     return {"shape": shape, "tokens": 20, "provider": provider, "device_us": us, "host_us": 9.0, **more}
 
@@ -175,6 +189,7 @@ TWO = {
 ALL = {
     "linear_cross_entropy": LOSSES,
     "distributed": TWO,
+    "start": START,
     "rms_norm": NORMS,
     "no_repeat_ngram": BANS,
     "training": TRAINING,
@@ -290,6 +305,15 @@ def test_two_gpus(place):
     assert "| FSDP2: process 1: RuntimeError: a / b |  |" in text
     assert "A Llama with 8 layers, 2048 wide, 8 × 2048 tokens" in text
     assert "two NVIDIA Test, driver" in text
+
+
+def test_what_a_new_process_waits_for(place):
+    text = made(place, start=START)
+    assert "| empty | side by side | 30 | 9.8 | 4.3 | 0.2 |" in text
+    assert "**What a new process waits for**, Llama 1.24B, layers compiled" in text
+    assert "**What a new process waits for**, my-model, kernels alone" in made(
+        place, start={**START, "model": "my-model", "kernels": True}
+    )
 
 
 def test_losses(place):

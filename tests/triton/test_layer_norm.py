@@ -330,8 +330,9 @@ def test_column_sums_compile_for_every_target(dim: int, dtype: str, compile_for_
     kernel = rows._column_sums_kernel
     sums = {f"{name}_ptr": f"*{dtype}" for name in ("first", "second", "third")}
     types = {"partials_ptr": "*fp32", **sums, "num_partials": "i32"}
-    for halves, tile in ((1, {"ROWS": 128, "BLOCK": 32}), (2, {"ROWS": 64, "BLOCK": 16})):
-        compile_for_all_targets(kernel, types, {"DIM": dim, "HALVES": halves, **tile}, num_warps=4)
+    for halves, warps, tile in ((1, 4, (128, 32)), (1, 4, (64, 16)), (2, 2, (128, 32))):
+        values = {"DIM": dim, "HALVES": halves, "ROWS": tile[0], "BLOCK": tile[1]}
+        compile_for_all_targets(kernel, types, values, num_warps=warps)
 
 
 @pytest.mark.parametrize(
