@@ -297,7 +297,8 @@ def _others(job: Sweep, chosen: Any, processors: int, shared: int) -> dict[str, 
     if job.op == "layer_norm" and not chosen.programs:
         near += [dataclasses.replace(tile, joined=not tile.joined) for tile in near if tile.rows == 1]
         if job.width > 8192 and not chosen.ragged:
-            near += [dataclasses.replace(chosen, warps=24 - chosen.warps, joined=joined) for joined in (False, True)]
+            others = 8 if chosen.warps == 16 else 16
+            near += [dataclasses.replace(chosen, warps=others, joined=joined) for joined in (False, True)]
     names = {
         tile: f"{tile.rows} rows, {tile.warps} warps, {tile.programs} programs, {tile.stages} stages, {tile.ahead} ahead, "
         + (f"parts of {tile.columns}, " if tile.columns != chosen.columns else "")
