@@ -25,6 +25,7 @@ EPS = 1e-5
 NAMES = ("y", "s", "mean", "rstd", "dx", "dweight", "dbias")
 
 
+@pytest.mark.timeout(600)  # three minutes where nothing else runs
 def test_this_file_interpreted(rerun_interpreted: Callable[[], None]) -> None:
     rerun_interpreted()
 
@@ -261,9 +262,8 @@ def test_one_reduction_compiles_for_every_target(dim: int, compile_for_all_targe
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows_are", ["plain", "far from zero", "an outlier", "one number"])
-@pytest.mark.parametrize(("dim", "warps"), [(2048, 4), (1536, 2)])
+@pytest.mark.parametrize(("dim", "warps", "dtype"), [(2048, 4, torch.bfloat16), (1536, 2, torch.float16)])
 def test_one_reduction_keeps_the_law(dim: int, warps: int, rows_are: str, dtype: torch.dtype, device: torch.device) -> None:
     blocks = rows.RowBlocks(1, 1 << (dim - 1).bit_length(), warps, joined=True)
     assert joined_warps(blocks, dim, 32 * 16 // dtype.itemsize) == warps
@@ -357,13 +357,15 @@ def backward_under_the_law(arguments: tuple[Tensor | None, ...], what: str, bloc
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("cut", [(4096, 0), (2048, 0), (2048, 4), (1024, 7)])
+@pytest.mark.parametrize(
+    ("dtype", "cut"),
+    [(torch.float16, (4096, 0)), (torch.bfloat16, (2048, 0)), (torch.float16, (2048, 4)), (torch.bfloat16, (1024, 7))],
+)
 def test_wide_rows_in_other_parts(cut: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
     draw = drawer(dtype, device)
-    x, weight, bias, dy = draw(11, 8200), draw(8200), draw(8200), draw(11, 8200)
+    x, weight, bias, dy = draw(7, 8200), draw(8200), draw(8200), draw(7, 8200)
     _, _, mean, rstd = kernels.launch_layer_norm(x, weight, bias, None, EPS, 0.0, None)
-    blocks = replace(wide_backward_blocks(2, 1, False, 11, 4), columns=cut[0], ahead=cut[1])
+    blocks = replace(wide_backward_blocks(2, 1, False, 7, 4), columns=cut[0], ahead=cut[1])
     backward_under_the_law((dy, None, x, weight, bias, mean, rstd), f"parts of {cut[0]}, {cut[1]} ahead", blocks)
 
 
@@ -387,14 +389,15 @@ WORDS = {
 def test_wide_rows_are_read_as_words(case: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     dim = {"an even width": 8202, "an odd width": 8201}.get(case, 8200)
     draw = drawer(torch.float16 if case == "float16" else torch.bfloat16, device)
-    x, dy, weight, bias = draw(5, dim), draw(5, dim), draw(dim), draw(dim)
-    ds = draw(5, dim) if case == "a gradient of its own" else None
+    num_rows = 5 if case == "plain" else 2  # of which a program walks over two
+    x, dy, weight, bias = draw(num_rows, dim), draw(num_rows, dim), draw(dim), draw(dim)
+    ds = draw(num_rows, dim) if case == "a gradient of its own" else None
     if case == "far from zero":
         x = x + 100.0
     elif case == "one number":
         x = torch.full_like(x, 3.0)
     elif case == "between words":
-        x = draw(5 * dim + 1)[1:].view(5, dim)
+        x = draw(num_rows * dim + 1)[1:].view(num_rows, dim)
     elif case == "a weight between words":
         weight = draw(dim + 1)[1:]
     elif case == "a weight in float32":
