@@ -445,8 +445,8 @@ def launch_layer_norm(
     unit = stride_unit(stride, residual_stride)
     if blocks is None:
         blocks = forward_blocks(dim, x.element_size(), num_rows <= 2 * device_facts(x)[0], vectors)
-    # A thread loads 16 bytes at a time, or as many numbers as the rows' borders allow. With a residual it is two reductions,
-    # since with one a float32 row of 16384 takes 142 registers, and one program is resident, not two (sm_90, Triton 3.6).
+    # A thread loads 16 bytes at a time, or as many numbers as the rows' borders allow. With a residual it is two reductions:
+    # one was not measured there.
     share = WARP_SIZE * min(16 // x.element_size(), unit, blocks.columns // (WARP_SIZE * blocks.warps))
     with on_device(x):
         _FORWARD(
@@ -533,7 +533,8 @@ def launch_layer_norm_backward(
     mean, rstd = mean.contiguous(), rstd.contiguous()
     unit = stride_unit(dy_stride, ds_stride, s_stride)
     together = bool(sums) and dim <= REGISTER_COLUMNS
-    halves = 2 if unit % 2 == 0 and dim % 2 == 0 and _are_words(dy_rows, ds_rows, s_rows, weight) else 1
+    wide_words = dim > REGISTER_COLUMNS and unit % 2 == 0 and dim % 2 == 0  # asked first: narrow rows need not look further
+    halves = 2 if wide_words and _are_words(dy_rows, ds_rows, s_rows, weight) else 1
     if blocks is None and together:
         loads, itemsize = 2 if ds is None else 3, s.element_size()
         blocks = backward_blocks(dim, itemsize, itemsize, num_rows, loads, len(sums), *device_facts(s))

@@ -241,9 +241,9 @@ def ragged_backward_blocks(dim: int, itemsize: int, loads: int, sums: int, proce
         processors, shared: as in :func:`backward_blocks`.
     """
     columns = max(16, _power_of_two(dim // 8 * 8))
-    # From a sweep on one H200 at 32768×4097. Two sums want 32 numbers a thread: 211 µs against 254 in bfloat16, 390 against 456
-    # in float32. One sum wants 16, and in float32 nothing that waits: 381 against 389.
-    # In float32 two sums at this width want 16 as well: 382 and not 387, 56.3 and not 57.0 for 4096 rows.
+    # From sweeps on one H200 at 32768×4097. Two sums want 32 numbers a thread in bfloat16: 211 µs against 254. One sum wants 16
+    # and, in float32, nothing that waits: 381 against 389. In float32 two sums want 16 at this width, in two programs: 382
+    # against 387 with 32, 56.3 against 57.0 for 4096 rows; other widths were not measured so.
     numbers, resident = (32, 8) if sums == 2 and not (itemsize == 4 and columns == 4096) else (16, _MAX_WARPS)
     warps = min(_MAX_WARPS, max(1, columns // (32 * numbers)))
     per_processor = max(1, min(8, resident // warps))
