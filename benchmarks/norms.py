@@ -258,7 +258,8 @@ def candidates(job: Sweep, processors: int, shared: int) -> tuple[Any, dict[str,
     elif forward and ragged:
         chosen = tiles.ragged_forward_blocks(job.width, size, vectors, False, processors)
     elif forward:
-        chosen = tiles.forward_blocks(job.width, size, job.rows <= 2 * processors, vectors)
+        packed = tiles.packed_forward_blocks(job.width) if vectors == 2 and size == 2 and job.rows > 2 * processors else None
+        chosen = packed or tiles.forward_blocks(job.width, size, job.rows <= 2 * processors, vectors)
     elif ragged:
         chosen = tiles.ragged_backward_blocks(job.width, size, 2, vectors, processors, shared)
     else:
@@ -277,6 +278,8 @@ def _others(job: Sweep, chosen: Any, processors: int, shared: int) -> dict[str, 
 
     A walk changes one of these at a time, and is launched early and in its turn.
     """
+    from oslo_fusion.triton.rows import PACKED_NUMBERS
+
     near = [
         dataclasses.replace(chosen, rows=max(1, round(chosen.rows * f)), warps=min(16, max(1, round(chosen.warps * g))))
         for f, g in itertools.product((0.5, 1, 2), repeat=2)
@@ -295,15 +298,17 @@ def _others(job: Sweep, chosen: Any, processors: int, shared: int) -> dict[str, 
         parts = ((2048, 5), (2048, 6), (4096, 1), (4096, 2), (4096, 3)) if job.dtype.itemsize == 2 else ((2048, 1), (4096, 0))
         near += [dataclasses.replace(chosen, columns=columns, ahead=ahead) for columns, ahead in parts]
     if job.op == "layer_norm" and not chosen.programs:
-        near += [dataclasses.replace(tile, joined=not tile.joined) for tile in near if tile.rows == 1]
-        if job.width > 8192 and not chosen.ragged:
-            others = 8 if chosen.warps == 16 else 16
-            near += [dataclasses.replace(chosen, warps=others, joined=joined) for joined in (False, True)]
+        if job.dtype.itemsize == 2 and not chosen.ragged:
+            evenly = (warps for warps in (1, 2, 4, 8, 16) if job.width % (warps * PACKED_NUMBERS) == 0)
+            near += [dataclasses.replace(chosen, rows=1, warps=warps, packed=True) for warps in evenly]
+            near += [dataclasses.replace(chosen, packed=False)]
+        elif job.width > 8192:
+            near += [dataclasses.replace(chosen, warps=8 if chosen.warps == 16 else 16)]
     names = {
         tile: f"{tile.rows} rows, {tile.warps} warps, {tile.programs} programs, {tile.stages} stages, {tile.ahead} ahead, "
         + (f"parts of {tile.columns}, " if tile.columns != chosen.columns else "")
         + ("early" if tile.early else "in turn")
-        + (", joined" if tile.joined and tile.rows == 1 else "")
+        + (", packed" if tile.packed else "")
         for tile in near
     }
     return {name: tile for tile, name in names.items() if tile != chosen}

@@ -101,7 +101,7 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], View]] = {
     "7×1032": ((7, 1032), lambda t: t),
 }
 WIDE = {"2×9001": ((2, 9001), lambda t: t)}  # too wide for a backward that keeps a row in registers
-MANY_WIDE = {"301×10240": ((301, 10240), lambda t: t)}  # a layer norm's forward joins what warps have made of their own numbers
+MANY_WIDE = {"301×10240": ((301, 10240), lambda t: t)}  # a layer norm's forward keeps words of two numbers
 
 
 def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

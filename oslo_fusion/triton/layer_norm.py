@@ -2,7 +2,8 @@
 
 Forward: a program per tile of rows; x, and the residual, are read once, the row stays in registers, s, y, mean and 1/std are
 written. The variance is that of centred numbers, not mean(s²) - mean(s)², which cancels where the mean is large: of the row
-about its mean, or, where a row is wide, of each warp's numbers about theirs, which saves a reduction across warps.
+about its mean, or, in a kernel of its own for wide rows of 16-bit numbers, of each warp's numbers about theirs. There the row
+stays packed, two numbers in a register, and is unpacked for each of three passes, so that twice as many rows are under way.
 
 Backward: few programs, each of which walks over its tiles. With x̂ = (s - mean) · rstd, g = dy · (weight + offset):
 
@@ -30,8 +31,9 @@ from oslo_fusion.ops.layer_norm import (
     result_dtypes,
 )
 from oslo_fusion.triton import ragged_rows
-from oslo_fusion.triton.launch import WARP_SIZE, Kernel, chain, chained, let_next_begin, wait_for_previous
+from oslo_fusion.triton.launch import Kernel, chain, chained, let_next_begin, wait_for_previous
 from oslo_fusion.triton.rows import (
+    PACKED_NUMBERS,
     RAGGED_BACKWARD,
     RAGGED_FORWARD,
     REGISTER_COLUMNS,
@@ -42,10 +44,10 @@ from oslo_fusion.triton.rows import (
     device_facts,
     forward_blocks,
     is_ragged,
-    joined_warps,
     must_refer,
     no_weight_blocks,
     on_device,
+    packed_forward_blocks,
     ragged_backward_blocks,
     ragged_forward_blocks,
     stride_unit,
@@ -59,31 +61,6 @@ def _join(count, mean, squares, other_count, other_mean, other_squares):
     step = other_mean - mean
     share = other_count / total
     return total, mean + step * share, squares + other_squares + step * step * (count * share)
-
-
-@triton.jit
-def _normed_row(s, eps, DIM: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr, SHARE: tl.constexpr):
-    """A row ``[1, BLOCK]`` normed, its mean and 1/std, for a row of which every warp has as many numbers.
-
-    A warp makes the mean of its own numbers and their squared distances from that, in two passes, within itself; then these are
-    joined over the warps (Chan, Golub, LeVeque 1979). That does not cancel as mean(s²) - mean(s)² would. But the rounding of
-    the warps' means is in the distances between them, too much for float32 rows far from zero: it is for 16-bit numbers.
-    """
-    REPEATS: tl.constexpr = BLOCK // (WARPS * SHARE)
-    COUNT: tl.constexpr = DIM // WARPS
-    own = tl.reshape(s, (REPEATS, WARPS, SHARE))
-    own_mean = tl.sum(tl.sum(own, axis=0), axis=1) / COUNT
-    centred = own - own_mean[None, :, None]
-    if DIM < BLOCK:
-        there = tl.arange(0, REPEATS)[:, None, None] < COUNT // SHARE
-        centred = tl.where(there, centred, 0.0)
-    squares = tl.sum(tl.sum(centred * centred, axis=0), axis=1)
-    count = tl.full((WARPS,), COUNT, tl.float32)
-    _, mean, squares = tl.reduce((count, own_mean, squares), 0, _join)
-    rstd = tl.rsqrt(squares / DIM + eps)
-    # From the warp's mean to the row's: a multiplication with an addition is one instruction.
-    normed = centred * rstd + ((own_mean - mean) * rstd)[None, :, None]
-    return tl.reshape(normed, (1, BLOCK)), mean, rstd
 
 
 @triton.jit(do_not_specialize=["x_row_units", "residual_row_units", "num_rows", "eps"])
@@ -108,8 +85,6 @@ def _layer_norm_fwd_kernel(
     HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    WARPS: tl.constexpr,
-    SHARE: tl.constexpr,
     CHAIN: tl.constexpr,
 ):
     chained(CHAIN)
@@ -126,17 +101,12 @@ def _layer_norm_fwd_kernel(
         s = (s.to(tl.float32) + residual.to(tl.float32)).to(s_ptr.dtype.element_ty)
         tl.store(s_ptr + (rows * DIM)[:, None] + cols, s, mask=mask)
     s = s.to(tl.float32)
-    if WARPS > 0:  # one row
-        y, row_mean, row_rstd = _normed_row(s, eps, DIM, BLOCK, WARPS, SHARE)
-        tl.store(mean_ptr + tl.program_id(0), row_mean)
-        tl.store(rstd_ptr + tl.program_id(0), row_rstd)
-    else:
-        mean = tl.sum(s, axis=1) / DIM
-        centred = tl.where(mask, s - mean[:, None], 0.0)
-        rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / DIM + eps)
-        tl.store(mean_ptr + rows, mean, mask=rows_mask)
-        tl.store(rstd_ptr + rows, rstd, mask=rows_mask)
-        y = centred * rstd[:, None]
+    mean = tl.sum(s, axis=1) / DIM
+    centred = tl.where(mask, s - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / DIM + eps)
+    tl.store(mean_ptr + rows, mean, mask=rows_mask)
+    tl.store(rstd_ptr + rows, rstd, mask=rows_mask)
+    y = centred * rstd[:, None]
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + cols, mask=cols_mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
         if WEIGHT_OFFSET != 0.0:
@@ -146,6 +116,106 @@ def _layer_norm_fwd_kernel(
         y += tl.load(bias_ptr + cols, mask=cols_mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
     y_ptrs = y_ptr + (rows * DIM)[:, None] + cols
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def _words(ptr, HALVES: tl.constexpr):
+    """Where two 16-bit numbers are read as one word of 32 bits, the pointer to such words."""
+    return ptr.to(tl.pointer_type(tl.int32)) if HALVES == 2 else ptr
+
+
+@triton.jit
+def _number(word, HALF: tl.constexpr, HALVES: tl.constexpr, DTYPE: tl.constexpr = tl.bfloat16, none=0):
+    """The first or second number of a word, in float32: an instruction each. The compiler takes two for the second bfloat16.
+
+    A compiler that sees a word unpacked in several passes does it once, and keeps the numbers in twice the registers. With
+    another ``none``, which is zero, but not to be known before the kernel runs, it unpacks again.
+    """
+    if HALVES == 1:
+        number = word.to(tl.float32)
+    elif DTYPE.is_fp16():
+        number = (word >> (16 * HALF + none)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    elif HALF == 0:
+        number = (word << (16 + none)).to(tl.float32, bitcast=True)
+    else:
+        number = (word & (none - 65536)).to(tl.float32, bitcast=True)
+    return number
+
+
+@triton.jit
+def _scale(weight, HALF: tl.constexpr, HALVES: tl.constexpr, WEIGHT_OFFSET: tl.constexpr, DTYPE: tl.constexpr = tl.bfloat16):
+    scale = _number(weight, HALF, HALVES, DTYPE)
+    if WEIGHT_OFFSET != 0.0:
+        scale += WEIGHT_OFFSET
+    return scale
+
+
+@triton.jit(do_not_specialize=["x_row_units", "num_rows", "eps"])
+def _layer_norm_packed_fwd_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    x_row_units,
+    num_rows,
+    eps,
+    DIM: tl.constexpr,
+    UNIT: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WARPS: tl.constexpr,
+    CHAIN: tl.constexpr,
+):
+    chained(CHAIN)
+    # A row in parts of BLOCK words of two numbers, as many to each warp. Words, not numbers, stay in registers, 32 of a thread
+    # for 16384 numbers by 8 warps, so that four rows are under way on a multiprocessor and not two.
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    PARTS: tl.constexpr = DIM // (2 * BLOCK)
+    COUNT: tl.constexpr = DIM // WARPS
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    none = (num_rows < 0).to(tl.int32)
+    x_ptrs = _words(x_ptr, 2) + row * (x_row_units * (UNIT // 2)) + cols
+    words = ()
+    for part in tl.static_range(PARTS):
+        words = words + (tl.load(x_ptrs + part * BLOCK, eviction_policy="evict_last"),)  # noqa: RUF005
+    # A warp makes the mean of its own numbers and their squared distances from that, in two passes, within itself; then these
+    # are joined over the warps (Chan, Golub, LeVeque 1979): one exchange between warps. That does not cancel as mean(s²) -
+    # mean(s)² would. But the rounding of the warps' means is in the distances between them, too much for float32 rows far from
+    # zero: it is for 16-bit numbers.
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for part in tl.static_range(PARTS):
+        total += _number(words[part], 0, 2, DTYPE) + _number(words[part], 1, 2, DTYPE)
+    own_mean = tl.sum(tl.reshape(total, (WARPS, BLOCK // WARPS)), axis=1) / COUNT
+    about = tl.reshape(tl.broadcast_to(own_mean[:, None], (WARPS, BLOCK // WARPS)), (BLOCK,))
+    squares = tl.zeros((BLOCK,), dtype=tl.float32)
+    for part in tl.static_range(PARTS):
+        first = _number(words[part], 0, 2, DTYPE, none) - about
+        second = _number(words[part], 1, 2, DTYPE, none) - about
+        squares += first * first + second * second
+    own_squares = tl.sum(tl.reshape(squares, (WARPS, BLOCK // WARPS)), axis=1)
+    count = tl.full((WARPS,), COUNT, tl.float32)
+    _, mean, all_squares = tl.reduce((count, own_mean, own_squares), 0, _join)
+    rstd = tl.rsqrt(all_squares / DIM + eps)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+    for part in tl.static_range(PARTS):
+        first = (_number(words[part], 0, 2, DTYPE, -none) - mean) * rstd
+        second = (_number(words[part], 1, 2, DTYPE, -none) - mean) * rstd
+        if HAS_WEIGHT:
+            weight = tl.load(_words(weight_ptr, 2) + part * BLOCK + cols, eviction_policy="evict_last")
+            first *= _scale(weight, 0, 2, WEIGHT_OFFSET, DTYPE)
+            second *= _scale(weight, 1, 2, WEIGHT_OFFSET, DTYPE)
+        if HAS_BIAS:
+            bias = tl.load(_words(bias_ptr, 2) + part * BLOCK + cols, eviction_policy="evict_last")
+            first += _number(bias, 0, 2, DTYPE)
+            second += _number(bias, 1, 2, DTYPE)
+        y_ptrs = y_ptr + row * DIM + part * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+        tl.store(y_ptrs, tl.interleave(first, second).to(y_ptr.dtype.element_ty), eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["dy_row_units", "ds_row_units", "s_row_units", "num_rows"])
@@ -227,32 +297,6 @@ def _layer_norm_bwd_kernel(
 @triton.jit
 def _both(first, second, other_first, other_second):
     return first + other_first, second + other_second
-
-
-@triton.jit
-def _words(ptr, HALVES: tl.constexpr):
-    """Where two bfloat16 numbers are read as one word of 32 bits, the pointer to such words."""
-    return ptr.to(tl.pointer_type(tl.int32)) if HALVES == 2 else ptr
-
-
-@triton.jit
-def _number(word, HALF: tl.constexpr, HALVES: tl.constexpr):
-    """The first or second number of a word, in float32: an instruction each. The compiler takes two for the second one."""
-    if HALVES == 1:
-        number = word.to(tl.float32)
-    elif HALF == 0:
-        number = (word << 16).to(tl.float32, bitcast=True)
-    else:
-        number = (word & -65536).to(tl.float32, bitcast=True)
-    return number
-
-
-@triton.jit
-def _scale(weight, HALF: tl.constexpr, HALVES: tl.constexpr, WEIGHT_OFFSET: tl.constexpr):
-    scale = _number(weight, HALF, HALVES)
-    if WEIGHT_OFFSET != 0.0:
-        scale += WEIGHT_OFFSET
-    return scale
 
 
 @triton.jit(do_not_specialize=["dy_row_units", "ds_row_units", "s_row_units", "num_rows"])
@@ -403,6 +447,7 @@ def _layer_norm_wide_bwd_kernel(
 
 _WIDE_BACKWARD = Kernel(_layer_norm_wide_bwd_kernel)
 _FORWARD, _BACKWARD = Kernel(_layer_norm_fwd_kernel), Kernel(_layer_norm_bwd_kernel)
+_PACKED_FORWARD = Kernel(_layer_norm_packed_fwd_kernel)
 
 
 def launch_layer_norm(
@@ -443,46 +488,52 @@ def launch_layer_norm(
     rows, stride = as_rows(x)
     residual_rows, residual_stride = (None, stride) if residual is None else as_rows(residual)
     unit = stride_unit(stride, residual_stride)
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    packable = (
+        (dim > REGISTER_COLUMNS or blocks is not None) and residual is None and unit > 1 and _are_words(rows, weight, bias)
+    )
     if blocks is None:
-        blocks = forward_blocks(dim, x.element_size(), num_rows <= 2 * device_facts(x)[0], vectors)
-    # A thread loads 16 bytes at a time, or as many numbers as the rows' borders allow. With a residual it is two reductions:
-    # one was not measured there.
-    share = WARP_SIZE * min(16 // x.element_size(), unit, blocks.columns // (WARP_SIZE * blocks.warps))
+        few = num_rows <= 2 * device_facts(x)[0]
+        blocks = packed_forward_blocks(dim) if packable and not few else None
+        blocks = blocks or forward_blocks(dim, x.element_size(), few, vectors)
     with on_device(x):
-        _FORWARD(
-            (-(-num_rows // blocks.rows),),
-            (
-                rows,
-                residual_rows,
-                None if weight is None else weight.contiguous(),
-                None if bias is None else bias.contiguous(),
-                y,
-                None if residual is None else s,
-                mean,
-                rstd,
-            ),
-            (stride // unit, residual_stride // unit, num_rows, float(eps)),
-            (
-                dim,
-                unit,
-                weight_offset,
-                weight is not None,
-                bias is not None,
-                residual is not None,
-                blocks.rows,
-                blocks.columns,
-                joined_warps(blocks, dim, share) if residual is None else 0,
-                share,
-                chain(x),
-            ),
-            blocks.warps,
-        )
+        if blocks.packed and packable:
+            part = blocks.warps * PACKED_NUMBERS // 2
+            assert dim % (2 * part) == 0, "warps would have different shares"
+            _PACKED_FORWARD(
+                (num_rows,),
+                (rows, weight, bias, y, mean, rstd),
+                (stride // unit, num_rows, float(eps)),
+                (dim, unit, weight_offset, weight is not None, bias is not None, part, blocks.warps, chain(x)),
+                blocks.warps,
+            )
+        else:
+            _FORWARD(
+                (-(-num_rows // blocks.rows),),
+                (rows, residual_rows, weight, bias, y, None if residual is None else s, mean, rstd),
+                (stride // unit, residual_stride // unit, num_rows, float(eps)),
+                (
+                    dim,
+                    unit,
+                    weight_offset,
+                    weight is not None,
+                    bias is not None,
+                    residual is not None,
+                    blocks.rows,
+                    blocks.columns,
+                    chain(x),
+                ),
+                blocks.warps,
+            )
     return y, s, mean, rstd
 
 
 def _are_words(*tensors: Tensor | None) -> bool:
-    """Whether all are bfloat16 and lie at borders of 32 bits, so that two numbers can be read as one word."""
-    return all(t is None or (t.dtype == torch.bfloat16 and t.data_ptr() % 4 == 0) for t in tensors)
+    """Whether all have one 16-bit dtype and lie at borders of 32 bits, so that two numbers can be read as one word."""
+    there = [t for t in tensors if t is not None]
+    dtype = there[0].dtype
+    return dtype.itemsize == 2 and all(t.dtype == dtype and t.data_ptr() % 4 == 0 for t in there)
 
 
 def launch_layer_norm_backward(
@@ -533,8 +584,9 @@ def launch_layer_norm_backward(
     mean, rstd = mean.contiguous(), rstd.contiguous()
     unit = stride_unit(dy_stride, ds_stride, s_stride)
     together = bool(sums) and dim <= REGISTER_COLUMNS
-    wide_words = dim > REGISTER_COLUMNS and unit % 2 == 0 and dim % 2 == 0  # asked first: narrow rows need not look further
-    halves = 2 if wide_words and _are_words(dy_rows, ds_rows, s_rows, weight) else 1
+    # Asked in this order: narrow rows need not look further. Of float16 the machine itself reads both numbers of a word.
+    wide_words = dim > REGISTER_COLUMNS and s.dtype == torch.bfloat16 and unit % 2 == 0 and dim % 2 == 0
+    halves = 2 if wide_words and _are_words(s_rows, dy_rows, ds_rows, weight) else 1
     if blocks is None and together:
         loads, itemsize = 2 if ds is None else 3, s.element_size()
         blocks = backward_blocks(dim, itemsize, itemsize, num_rows, loads, len(sums), *device_facts(s))

@@ -18,7 +18,13 @@ from oslo_fusion.ops.row_cases import ROW_CASES, drawer
 from oslo_fusion.testing import assert_close_to_reference
 from oslo_fusion.triton import layer_norm as kernels
 from oslo_fusion.triton import rows
-from oslo_fusion.triton.rows import backward_blocks, forward_blocks, joined_warps, no_weight_blocks, wide_backward_blocks
+from oslo_fusion.triton.rows import (
+    backward_blocks,
+    forward_blocks,
+    no_weight_blocks,
+    packed_forward_blocks,
+    wide_backward_blocks,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EPS = 1e-5
@@ -174,7 +180,6 @@ def test_kernels_compile_for_every_target(
     for few in (False, True):
         blocks = forward_blocks(dim, itemsize, few)
         tile = {"ROWS": blocks.rows, "BLOCK": blocks.columns, "HAS_RESIDUAL": with_residual, "HAS_BIAS": True}
-        tile |= {"WARPS": 0, "SHARE": 0}
         built = compile_for_all_targets(
             kernel,
             signature(kernel, dtype),
@@ -234,39 +239,28 @@ def test_a_walk_that_is_launched_early_fills_a_multiprocessor(
     assert built.resident(blocks.warps) * processors <= blocks.programs
 
 
-@pytest.mark.parametrize("dim", [12288, 16384])
-def test_one_reduction_compiles_for_every_target(dim: int, compile_for_all_targets: Callable[..., Any]) -> None:
-    """And a warp's own numbers stay where they are: what crosses warps is a count, a mean and a sum of each."""
-    kernel, dtype, itemsize = kernels._layer_norm_fwd_kernel, "bf16", 2
-    blocks = forward_blocks(dim, itemsize, False, 2)
-    values = {
-        **{"DIM": dim, "UNIT": 16, "WEIGHT_OFFSET": 0.0, "HAS_WEIGHT": True, "HAS_BIAS": True, "HAS_RESIDUAL": False},
-        **{"ROWS": 1, "BLOCK": blocks.columns, "WARPS": blocks.warps, "residual_ptr": None, "s_ptr": None},
-    }
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dim", [10240, 16384])
+def test_packed_rows_compile_for_every_target(dim: int, dtype: str, compile_for_all_targets: Callable[..., Any]) -> None:
+    """With words in registers; a warp's own stay where they are: a count, a mean and a sum of each cross warps."""
+    kernel, blocks = kernels._layer_norm_packed_fwd_kernel, packed_forward_blocks(dim)
+    assert blocks is not None
+    values = {"DIM": dim, "UNIT": 16, "WEIGHT_OFFSET": 0.0, "HAS_WEIGHT": True, "HAS_BIAS": True, "WARPS": blocks.warps}
     for target in TARGETS:
-        share = (32 if target.startswith("sm") else 64) * 16 // itemsize
-        assert joined_warps(blocks, dim, share) == (blocks.warps if dim % (blocks.warps * share) == 0 else 0)
-        if not joined_warps(blocks, dim, share):
-            continue  # 12288 in bfloat16 on AMD: there it is two reductions
-        built = compile_for_all_targets(
-            kernel,
-            signature(kernel, dtype),
-            {**values, "SHARE": share},
-            num_warps=blocks.warps,
-            targets=(target,),
-            spill_allowed=16,
-        )[target]
+        values["BLOCK"] = blocks.warps * 4 * (32 if target.startswith("sm") else 64)
+        arguments = {"num_warps": blocks.warps, "targets": (target,), "spill_allowed": 0}
+        built = compile_for_all_targets(kernel, signature(kernel, dtype), values, **arguments)[target]
         assert built.shared <= 3 * 4 * blocks.warps, "numbers are exchanged before they are summed"
         if target == "sm_90":
-            assert built.resident(blocks.warps) >= 2, "memory is idle while a lone program reduces its row"
+            assert built.resident(blocks.warps) * blocks.warps >= 32, "numbers stay in registers, not words"
+            assert re.search(r"ld\.global\S*\.v4", built.assembly), "the row is not read 16 bytes at a time"
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("rows_are", ["plain", "far from zero", "an outlier", "one number"])
 @pytest.mark.parametrize(("dim", "warps", "dtype"), [(2048, 4, torch.bfloat16), (1536, 2, torch.float16)])
-def test_one_reduction_keeps_the_law(dim: int, warps: int, rows_are: str, dtype: torch.dtype, device: torch.device) -> None:
-    blocks = rows.RowBlocks(1, 1 << (dim - 1).bit_length(), warps, joined=True)
-    assert joined_warps(blocks, dim, 32 * 16 // dtype.itemsize) == warps
+def test_packed_rows_keep_the_law(dim: int, warps: int, rows_are: str, dtype: torch.dtype, device: torch.device) -> None:
+    blocks = rows.RowBlocks(1, 1 << (dim - 1).bit_length(), warps, packed=True)
     results: list[list[list[Tensor]]] = [[], [], []]
     for seed in range(2):
         draw = drawer(dtype, device, seed)
@@ -290,14 +284,62 @@ def test_one_reduction_keeps_the_law(dim: int, warps: int, rows_are: str, dtype:
         assert_close_to_reference(*joined, f"{rows_are}, {dim}: {what}")
 
 
-def test_a_row_is_joined_where_every_warp_has_as_many_of_its_numbers() -> None:
-    for dim, itemsize in ((16384, 2), (12288, 2)):
-        assert joined_warps(forward_blocks(dim, itemsize, False), dim, 32 * 16 // itemsize) == 8
-    for dim in (768, 4096, 5120, 8192, 9216, 16383):
-        assert joined_warps(forward_blocks(dim, 2, False), dim, 32 * 8) == 0
-    assert joined_warps(forward_blocks(16384, 4, False, 2), 16384, 32 * 4) == 0  # nothing to win
-    assert joined_warps(forward_blocks(16384, 2, True), 16384, 32 * 8) == 0
-    assert joined_warps(rows.RowBlocks(1, 16, 1, joined=True), 16, 0) == 0
+PACKED = {
+    "plain": True,
+    "a stride": True,
+    "a wider result": True,
+    "chosen": True,
+    "few rows": False,
+    "no weight": True,
+    "no bias": True,
+    "float16": True,
+    "not chosen": False,
+    "a residual": False,
+    "an odd stride": False,
+    "between words": False,
+    "a weight between words": False,
+    "a weight in float32": False,
+    "float32": False,
+}
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", PACKED)
+def test_rows_are_packed_where_they_can_be(case: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    dim, num_rows = {"chosen": (10240, 9), "few rows": (10240, 3)}.get(case, (1024, 3))  # interpreted, 8 rows are few
+    draw = drawer({"float16": torch.float16, "float32": torch.float32}.get(case, torch.bfloat16), device)
+    x, weight, bias = draw(num_rows, dim), draw(dim), draw(dim)
+    residual = draw(num_rows, dim) if case == "a residual" else None
+    if case in ("a stride", "an odd stride"):
+        x = draw(3, dim + (8 if case == "a stride" else 1))[:, :dim]
+    elif case == "between words":
+        x = draw(3 * dim + 1)[1:].view(3, dim)
+    elif case == "a weight between words":
+        weight = draw(dim + 1)[1:]
+    elif case == "a weight in float32":
+        weight, bias = weight.float(), bias.float()
+    given = (x, None if case == "no weight" else weight, None if case == "no bias" else bias, residual, EPS, 1.0)
+    out_dtype = torch.float32 if case == "a wider result" else None
+    seen, launch = [], kernels._PACKED_FORWARD
+
+    def note(grid: Any, *arguments: Any) -> None:
+        seen.append(grid)
+        launch(grid, *arguments)
+
+    monkeypatch.setattr(kernels, "_PACKED_FORWARD", note)
+    blocks = None if case in ("chosen", "few rows") else rows.RowBlocks(1, dim, 2, packed=case != "not chosen")
+    ours = kernels.launch_layer_norm(*given, out_dtype, blocks)
+    assert seen == [(num_rows,)] * PACKED[case]
+    theirs = op.layer_norm_reference(*given, out_dtype)
+    exact = op.layer_norm_reference(*(t.double() if isinstance(t, Tensor) else t for t in given), None)
+    for mine, other, right, what in zip(ours, theirs, exact, ("y", "s", "mean", "rstd"), strict=True):
+        if what in ("y", "s"):
+            assert_close_to_reference(mine, other, right, f"{case}: {what}")
+
+
+def test_wide_rows_of_half_precision_are_packed() -> None:
+    assert [blocks and blocks.warps for blocks in map(packed_forward_blocks, (10240, 12288, 16384))] == [8, 16, 16]
+    assert [packed_forward_blocks(dim) for dim in (768, 4096, 8192, 9216, 16383)] == [None] * 5
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
