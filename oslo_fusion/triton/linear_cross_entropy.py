@@ -232,8 +232,9 @@ def _loss_kernel(
         at_label = tl.load(row_ptr + word, mask=inside, other=0.0)
         at_label = _logits(at_label, bias_ptr, word, inside, SCALE, CAP, HAS_BIAS)
         # Maximum and sum of every GROUP columns apart: nothing crosses threads before the row is read.
-        # Not -inf: a first block in which all words are forbidden would make NaN of -inf - -inf.
-        tops = tl.full((BLOCK // GROUP,), -1.0e38, dtype=tl.float32)
+        # Not -inf: where all words of a group are forbidden, -inf - -inf would make NaN. And a power of two: its product in
+        # _powers is not rounded, or what rounding left, 10³¹ of -10³⁸, would be a power of infinity.
+        tops = tl.full((BLOCK // GROUP,), -(2.0**126), dtype=tl.float32)
         totals = tl.zeros((BLOCK // GROUP,), dtype=tl.float32)
         means = tl.zeros((BLOCK // GROUP,), dtype=tl.float32)
         for start in range(0, END, BLOCK):

@@ -37,7 +37,13 @@ def test_this_file_interpreted(rerun_interpreted: Callable[[], None]) -> None:
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every buffer that a launcher allocates is full of NaN, so that a number that was not written is seen."""
-    monkeypatch.setattr(torch, "empty", lambda shape, **kwargs: torch.full(shape, float("nan"), **kwargs))
+    empty = torch.empty
+
+    def full_of_nan(shape: Any, **kwargs: Any) -> torch.Tensor:
+        made = empty(shape, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", full_of_nan)
 
 
 def inputs(dtype: torch.dtype, device: torch.device, seed: int, vocab: int, with_bias: bool) -> tuple[Any, ...]:
