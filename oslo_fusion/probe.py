@@ -199,6 +199,7 @@ def time_calls(functions: Sequence[Callable[[], object]], device: torch.device) 
     return [statistics.median(times) for times in samples]
 
 
+@preserved_random_state()
 def time_pair(
     key: Hashable,
     before: Functions,
@@ -208,7 +209,7 @@ def time_pair(
     autotune: str,
     training: bool = True,
 ) -> Timing:
-    """Measure before and after, without and with backward.
+    """Measure before and after, without and with backward. The user's generators do not move.
 
     Args:
         key: what identifies the measurement apart from device and dtype, and prints as the same in every process. With

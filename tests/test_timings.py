@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from oslo_fusion import environment, probe, timings
 from oslo_fusion.plan import Timing
@@ -69,6 +70,14 @@ def test_a_folder_that_cannot_be_written_costs_nothing_else(home: Path, monkeypa
 def test_the_cpu_has_no_table(home: Path) -> None:
     probe.time_pair("key", torch.neg, torch.abs, lambda: [torch.ones(8)], autotune="full")
     assert not (home / "mine").exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_measuring_leaves_the_random_state(device: str) -> None:
+    state = torch.get_rng_state(), torch.cuda.get_rng_state() if device == "cuda" else torch.empty(0)
+    probe.time_pair("key", F.dropout, torch.abs, lambda: [torch.randn(8, device=device)], autotune="full")
+    assert torch.equal(state[0], torch.get_rng_state())
+    assert device == "cpu" or torch.equal(state[1], torch.cuda.get_rng_state())
 
 
 @pytest.mark.gpu

@@ -400,15 +400,14 @@ class _Trial:
         best: dict[bool, tuple[float, str]] = {}
         told: dict[bool, list[str]] = {False: [], True: []}
         for candidate in candidates:
-            with probe.preserved_random_state():
-                timing = probe.time_pair(
-                    (ROOM, KIND, candidate.backend, "masked" if masked else "plain", facts),
-                    self.before(mask, facts.dropout if candidate.training else 0.0),
-                    self.after(candidate.backend, mask, facts.dropout),
-                    lambda: self.inputs(samples, tokens)(dtype),
-                    autotune=self.config.autotune,
-                    training=candidate.training,
-                )
+            timing = probe.time_pair(
+                (ROOM, KIND, candidate.backend, "masked" if masked else "plain", facts),
+                self.before(mask, facts.dropout if candidate.training else 0.0),
+                self.after(candidate.backend, mask, facts.dropout),
+                lambda: self.inputs(samples, tokens)(dtype),
+                autotune=self.config.autotune,
+                training=candidate.training,
+            )
             self.timings.append(timing)
             for training, able, before, after in (
                 (False, candidate.inference, timing.inference_before, timing.inference_after),
@@ -500,14 +499,13 @@ class _Trial:
         samples = max(1, _TOKENS // LENGTHS[0])
         offsets, tokens = self.pack(samples, LENGTHS[0])
         functions = [self.packed_after(name, offsets, LENGTHS[0], self.facts.dropout) for name in (first, second)]
-        with probe.preserved_random_state():
-            timing = probe.time_pair(
-                (ROOM, KIND, "packed", first, second, self.facts),
-                functions[0],
-                functions[1],
-                lambda: self.inputs(1, tokens)(dtype),
-                autotune=self.config.autotune,
-            )
+        timing = probe.time_pair(
+            (ROOM, KIND, "packed", first, second, self.facts),
+            functions[0],
+            functions[1],
+            lambda: self.inputs(1, tokens)(dtype),
+            autotune=self.config.autotune,
+        )
         self.timings.append(timing)
         winner = second if timing.wins_training else first
         figures = f"{first} {timing.training_before:.0f}, {second} {timing.training_after:.0f} µs"

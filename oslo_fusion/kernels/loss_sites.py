@@ -241,9 +241,8 @@ def _time(head: nn.Linear, compact: bool, autotune: str) -> Timing:
         return linear_cross_entropy(hidden, weight, labels, bias=bias[0] if bias else None, compact=compact)
 
     def inputs() -> list[Tensor]:
-        with probe.preserved_random_state():
-            shapes = [(rows, dim), (vocab, dim), *([(vocab,)] if has_bias else [])]
-            return [random(*shape, device=device, dtype=dtype) for shape in shapes]
+        shapes = [(rows, dim), (vocab, dim), *([(vocab,)] if has_bias else [])]
+        return [random(*shape, device=device, dtype=dtype) for shape in shapes]
 
     with torch.autocast(device.type, enabled=False):
         return probe.time_pair((KIND, vocab, has_bias, compact), before, after, inputs, autotune=autotune)
