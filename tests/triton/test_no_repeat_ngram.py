@@ -32,7 +32,8 @@ def test_the_cut_covers_the_text_and_stays_small(rows: int, windows: int) -> Non
 
 @pytest.mark.timeout(600)
 def test_numerically_under_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     environment.pop("PYTEST_XDIST_WORKER", None)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "triton or any_text"]
     command.append(str(ROOT / "tests" / "ops" / "test_no_repeat_ngram.py"))
