@@ -1,7 +1,10 @@
 """Makes the table of timings that is shipped for this GPU (see ``oslo_fusion/timings.py``).
 
     python -m benchmarks.autotune --out DIR         a table for this GPU, torch and triton: copy it into oslo_fusion/tables/
+    python -m benchmarks.autotune --out DIR --without FusedAttention --models T5 Bert    all but that, and these families alone
     python -m benchmarks.autotune --out DIR --dry   no GPU: builds the models, plans, and times nothing
+
+What ``--out`` holds already is kept where it is not measured again.
 
 Every kernel and TorchScript site of the common families is planned with ``autotune: full``, one layer per model, at the widths
 that the families are published in. A plan for such a model then needs no timing on this kind of GPU.
@@ -21,6 +24,7 @@ import transformers
 
 import oslo_fusion
 from oslo_fusion import timings
+from oslo_fusion.config import KERNELS
 
 # Family: configuration class, what all of its sizes share, and width × MLP width × heads × key-value heads of each size.
 DECODERS: dict[str, list[tuple[int, int, int, int]]] = {
@@ -80,18 +84,23 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder that receives the table")
     parser.add_argument("--dry", action="store_true", help="on the CPU, tiny, without timing")
     parser.add_argument("--seconds", type=float, default=240.0, help="start no model after this long; what is left out is said")
+    parser.add_argument("--without", nargs="+", default=(), choices=KERNELS, help="kernels whose sites are not timed")
+    parser.add_argument("--models", nargs="+", help="only models whose name begins so, such as 'Llama 2048' or T5")
     options = parser.parse_args()
+    kernels = [name for name in KERNELS if name not in (*options.without, "FusedLinearCrossEntropy")]
     if not options.dry and not torch.cuda.is_available():
         parser.error("there is no GPU here. Remedy: --dry")
     os.environ[timings.CACHE_VARIABLE] = str(options.out)
     begin, left_out = time.perf_counter(), []
     for name, model in models(options.dry):
+        if options.models and not name.startswith(tuple(options.models)):
+            continue
         for dtype in DTYPES:
             if time.perf_counter() - begin > options.seconds:
                 left_out.append(f"{name} {dtype}")
                 continue
             autotune = "off" if options.dry else "full"
-            config = {"kernel_fusion": {"enable": True, "custom_cuda_kernels": "all", "autotune": autotune}}
+            config = {"kernel_fusion": {"enable": True, "custom_cuda_kernels": kernels, "autotune": autotune}}
             planned = oslo_fusion.plan(model.to("cpu" if options.dry else "cuda", dtype), config)
             print(f"{name} {dtype}: {planned.count('fused')} fused, {planned.count('refused')} refused", flush=True)
     for name in left_out:

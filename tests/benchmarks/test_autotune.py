@@ -19,3 +19,16 @@ def test_every_family_can_be_planned(
     for family in (*autotune.DECODERS, *autotune.ENCODERS, "T5"):
         assert f"{family} " in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_one_family_without_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, plan = [], autotune.oslo_fusion.plan
+    monkeypatch.setattr(autotune.oslo_fusion, "plan", lambda model, config: asked.append(config) or plan(model, config))
+    arguments = ["--dry", "--models", "Bert", "--without", "FusedAttention"]
+    monkeypatch.setattr("sys.argv", ["autotune", "--out", str(tmp_path), *arguments])
+    assert autotune.main() == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {"Bert"}
+    assert all("FusedAttention" not in config["kernel_fusion"]["custom_cuda_kernels"] for config in asked)
+    assert all("FusedLayerNorm" in config["kernel_fusion"]["custom_cuda_kernels"] for config in asked)
