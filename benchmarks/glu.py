@@ -184,14 +184,13 @@ def measure(op: str, rows: int, width: int, dtype: torch.dtype, device: torch.de
 def sweep(op: str, rows: int, width: int, dtype: torch.dtype, device: torch.device, roof: float) -> Iterator[dict[str, Any]]:
     """Device time of our kernels over tiles, forward and backward apart."""
     from oslo_fusion.triton.glu import GluBlocks, glu_blocks, launch_glu, launch_glu_backward
-    from oslo_fusion.triton.rows import device_facts
 
     sets, merged, activation = drawn(op, rows, width, dtype, device), op == "swiglu_merged", OPS[op]
     pairs = [halves(inputs[0], True) if merged else inputs for inputs in sets]
     dhs = rotation(lambda: torch.randn(rows, width, device=device, dtype=dtype))
     for mode in ("forward", "backward"):
         backward = mode == "backward"
-        chosen = glu_blocks(rows * width, width if merged else 0, dtype.itemsize, backward, device_facts(dhs[0])[0])
+        chosen = glu_blocks(width if merged else 0, dtype.itemsize)
         options = {chosen}
         for warps, per_thread in itertools.product((2, 4, 8, 16), (4, 8, 16, 32)):
             tile = 32 * warps * per_thread

@@ -5,7 +5,7 @@ gradients:
 
     dup = dh · act(gate)        dgate = dh · up · act'(gate)
 
-Memory is the limit, so the cut serves the loads: 16 bytes per thread and access, and enough of them under way. Contiguous
+Memory is the limit, so the cut serves the loads: 16 bytes of each tensor per thread, of many programs. Contiguous
 tensors are one line of numbers, whatever their width: an odd width costs nothing. Halves of a merged projection are rows at a
 stride and are cut into tiles of rows and columns where they lie.
 
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from oslo_fusion.ops.glu import _check, glu_backward_reference, glu_reference, halves, register_kernels
 from oslo_fusion.triton.launch import Kernel, chain, chained
-from oslo_fusion.triton.rows import as_rows, device_facts, on_device, stride_unit
+from oslo_fusion.triton.rows import as_rows, on_device, stride_unit
 
 _FEWEST_COLUMNS = 256  # of a tile of rows: 512 bytes in half precision, which memory serves in whole bursts
 
@@ -49,23 +49,15 @@ class GluBlocks:
 
 
 @functools.lru_cache(maxsize=4096)
-def glu_blocks(numel: int, dim: int, itemsize: int, backward: bool, processors: int) -> GluBlocks:
-    """How ``numel`` numbers are cut.
-
-    A thread loads 32 bytes of each of the forward's two tensors, and 8 numbers of each of the backward's three, whose float32
-    intermediates take the registers. Where that leaves multiprocessors without work it loads 16 bytes of each.
+def glu_blocks(dim: int, itemsize: int) -> GluBlocks:
+    """How the work is cut: 16 bytes of each tensor for a thread.
 
     Args:
-        numel: numbers of one tensor.
         dim: the width of a row, or 0 where the tensors are one line of numbers.
         itemsize: bytes of a number, 2 or 4.
-        backward: whether it is the backward.
-        processors: multiprocessors of the device.
     """
-    warps, per_thread = 4, 8 if backward else 32 // itemsize
-    if numel < 2 * processors * 32 * warps * per_thread:
-        per_thread = 16 // itemsize
-    tile = 32 * warps * per_thread
+    warps = 4
+    tile = 32 * warps * 16 // itemsize
     if dim == 0:
         return GluBlocks(1, tile, warps)
     most = min(tile, 1 << max(0, dim - 1).bit_length())
@@ -165,10 +157,12 @@ def _glu_fwd_kernel(
 ):
     chained(CHAIN)
     rows, cols, mask = _tile(count_units, DIM, UNIT, ROWS, BLOCK)
-    gate = tl.load(gate_ptr + (rows * gate_row_units * UNIT + cols), mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + (rows * up_row_units * UNIT + cols), mask=mask, other=0.0).to(tl.float32)
+    # What was read leaves the L2 cache last and what is written first: fp32 363 µs instead of 366 for 16384×8192.
+    gate_ptrs, up_ptrs = gate_ptr + (rows * gate_row_units * UNIT + cols), up_ptr + (rows * up_row_units * UNIT + cols)
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    up = tl.load(up_ptrs, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
     h = _activate(gate, ACTIVATION, HALF) * up
-    tl.store(h_ptr + (rows * DIM + cols), h.to(h_ptr.dtype.element_ty), mask=mask)
+    tl.store(h_ptr + (rows * DIM + cols), h.to(h_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["dh_row_units", "gate_row_units", "up_row_units", "gradient_row_units", "count_units"])
@@ -193,13 +187,16 @@ def _glu_bwd_kernel(
 ):
     chained(CHAIN)
     rows, cols, mask = _tile(count_units, DIM, UNIT, ROWS, BLOCK)
-    dh = tl.load(dh_ptr + (rows * dh_row_units * UNIT + cols), mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + (rows * gate_row_units * UNIT + cols), mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + (rows * up_row_units * UNIT + cols), mask=mask, other=0.0).to(tl.float32)
+    # As in the forward: fp32 612 µs instead of 620.
+    dh_ptrs, gate_ptrs = dh_ptr + (rows * dh_row_units * UNIT + cols), gate_ptr + (rows * gate_row_units * UNIT + cols)
+    dh = tl.load(dh_ptrs, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    up_ptrs = up_ptr + (rows * up_row_units * UNIT + cols)
+    up = tl.load(up_ptrs, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
     a, slope = _activate_with_slope(gate, ACTIVATION, HALF)
     at = rows * gradient_row_units * UNIT + cols
-    tl.store(dgate_ptr + at, (dh * up * slope).to(dgate_ptr.dtype.element_ty), mask=mask)
-    tl.store(dup_ptr + at, (dh * a).to(dup_ptr.dtype.element_ty), mask=mask)
+    tl.store(dgate_ptr + at, (dh * up * slope).to(dgate_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+    tl.store(dup_ptr + at, (dh * a).to(dup_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["dh_row_units", "gate_row_units", "up_row_units", "count_units"])
@@ -293,7 +290,7 @@ def _launch(
     numel = reads[0].numel()
     if numel == 0:
         return
-    backward, strided = kernel is not _FORWARD, writes[: kernel is _BACKWARD]  # forward's result has no stride of its own
+    strided = writes[: kernel is _BACKWARD]  # forward's result has no stride of its own
     if all(t.is_contiguous() for t in (*reads, *writes)):
         dim, unit = 0, math.gcd(16, numel)
         strides, count = [0] * (len(reads) + len(strided)), numel // unit
@@ -303,7 +300,7 @@ def _launch(
         reads, strides, count = tuple(t for t, _ in cut[: len(reads)]), [stride for _, stride in cut], numel // dim
         unit = stride_unit(*strides)
     if blocks is None:
-        blocks = glu_blocks(numel, dim, reads[-1].element_size(), backward, device_facts(reads[0])[0])
+        blocks = glu_blocks(dim, reads[-1].element_size())
     programs = -(-numel // blocks.columns) if dim == 0 else -(-count // blocks.rows) * -(-dim // blocks.columns)
     half = all(t.element_size() == 2 for t in writes or reads)
     with on_device(reads[0]):
