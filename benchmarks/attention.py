@@ -283,8 +283,9 @@ def candidates(case: AttentionCase, dtype: torch.dtype, device: torch.device) ->
     bare = bool(case.table) and not (
         case.causal or case.window or case.dropout or case.padding or case.mask_sizes or case.packed
     )
+    tokens = max(case.queries, case.keys)
     chosen, backward = (
-        forward_blocks(case.dim, dtype.itemsize, shared, bool(case.table), major, case.dropout > 0),
+        forward_blocks(case.dim, dtype.itemsize, shared, bool(case.table), major, case.dropout > 0, tokens),
         backward_blocks(case.dim, dtype.itemsize, shared, bare, major, case.dropout > 0, case.mask_sizes is not None),
     )
 

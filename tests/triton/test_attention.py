@@ -122,6 +122,37 @@ def test_the_law_holds(name: str, dtype: torch.dtype, device: torch.device) -> N
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("what", ["plain", "causal", "padded", "a mask", "grouped, causal"])
+@pytest.mark.parametrize("tokens", [1, 16, 31, 100])
+def test_the_law_holds_for_short_texts(
+    tokens: int, what: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device.type == "cpu" and (tokens == 100 or what == "a mask"):
+        pytest.skip("interpreted, larger tiles are judged by others")
+    options: dict[str, Any] = {
+        "plain": {},
+        "causal": {"causal": True},
+        "padded": {"padding": "right"},
+        "a mask": {"mask_sizes": (2, 1, tokens)},
+        "grouped, causal": {"heads": 4, "causal": True},
+    }[what]
+    case = AttentionCase(queries=tokens, keys=tokens, dim=64, **options)
+    chosen = forward_blocks(64, 2, SHARED["sm_90"], major=9, tokens=tokens)
+    backward = backward_blocks(64, 2, SHARED["sm_90"]) if device.type == "cuda" else BackwardBlocks(*[chosen] * 3)
+    cut(monkeypatch, chosen, backward)
+    check(case, dtype, device, 3, f"{what}, {tokens} tokens")
+
+
+def test_short_texts_have_tiles_of_their_own() -> None:
+    tiles = [forward_blocks(64, 2, SHARED["sm_90"], major=9, tokens=tokens) for tokens in (1, 16, 17, 32, 33, 256, 257)]
+    assert [tile.queries for tile in tiles] == [16, 16, 32, 32, 64, 64, 128]
+    assert {forward_blocks(128, 2, SHARED["sm_90"], major=9, tokens=tokens).queries for tokens in (16, 1024)} == {128}
+    assert forward_blocks(64, 2, SHARED["sm_90"], True, 9, tokens=16) == forward_blocks(64, 2, SHARED["sm_90"], True, 9)
+    assert forward_blocks(64, 2, SHARED["sm_80"], major=8, tokens=16) == forward_blocks(64, 2, SHARED["sm_80"], major=8)
+
+
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("name", ["plain", "T5 decoder", "packed with everything", "head size 80", "dropout, causal, grouped"])
 def test_the_law_holds_in_tiles_of_the_heuristic(name: str, device: torch.device) -> None:
     check(ATTENTION_CASES[name], torch.float16, device, 2, name)
@@ -567,6 +598,14 @@ def compiled(kernel: Any, kind: str, dtype: str, dim: int, tile: AttentionBlocks
     constants = {name: value for name, value in constants.items() if name in names}
     cut = {"num_warps": tile.warps, "num_stages": tile.stages, "registers": tile.registers}
     return compile_(kernel, signature, constants, **cut, targets=[target], spill_allowed=1088)[target]
+
+
+@pytest.mark.parametrize("tokens", [16, 32, 256])
+def test_tiles_of_short_texts_spill_nothing(tokens: int, compile_for_all_targets: Callable[..., Any]) -> None:
+    tile = forward_blocks(64, 2, SHARED["sm_90"], major=9, tokens=tokens)
+    for kind in ("plain", "everything"):
+        built = compiled(kernels._attention_fwd_kernel, kind, "bf16", 64, tile, "sm_90", compile_for_all_targets)
+        assert built.spilled == 0, f"{kind}: {built.registers} registers, {built.spilled} bytes spill"
 
 
 @pytest.mark.parametrize("target", list(SHARED))
