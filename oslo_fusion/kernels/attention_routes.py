@@ -5,7 +5,7 @@ model is known by name. What it hands to that function (heads, head size, scale,
 a copy of it that shares its parameters, and the copy must give the same numbers when it is told another name.
 
 What is timed is the function alone, at three lengths of the same number of tokens, without a mask and with one of padding,
-forward, and with backward under the dropout that the module trains with. A near length decides in a call.
+forward, and with backward under the dropout that the module trains with. The nearest length decides in a call.
 """
 
 from __future__ import annotations
@@ -46,12 +46,9 @@ KIND = "attention through transformers' interface"
 GLOBAL = "ALL_ATTENTION_FUNCTIONS"
 """The global in which a forward looks its attention function up: transformers calls it so in all its modeling files."""
 
-LENGTHS = {32: 64, 512: 1024, 2048: 0}
-"""Tokens of a text, at which backends are timed, and up to how many tokens that decides; 0 beyond all limits."""
+LENGTHS = (512, 2048)
+"""Tokens of a text, at which backends are timed."""
 
-_SHORT, _MIDDLE, _ = LENGTHS
-
-_SHORT_DIM = 64  # up to this head size our kernel has tiles for short texts
 _TOKENS = 16384
 """Of all texts together."""
 
@@ -271,12 +268,11 @@ def _decide(facts: Facts, device: torch.device, dtype: torch.dtype, scope: Scope
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A backend for one case, the modes in which it can serve, and whether it is worth a try for short texts only."""
+    """A backend for one case, and the modes in which it can serve."""
 
     backend: str
     inference: bool
     training: bool
-    short: bool = False
 
 
 class _Trial:
@@ -346,15 +342,15 @@ class _Trial:
             for training in winners:
                 able = [c.backend for c in candidates if (c.training if training else c.inference)]
                 winners[training] = [able[0] if able else SDPA]
-            limits: tuple[int, ...] = (0,)
+            lengths: tuple[int, ...] = (0,)
         else:
-            limits = tuple(LENGTHS.values())
-            for tokens in LENGTHS:
+            lengths = LENGTHS
+            for tokens in lengths:
                 for training, backend in self.race(dtype, masked, tokens, candidates).items():
                     winners[training].append(backend)
         covered = HALF if dtype in HALF and self.mixed else (dtype,)
         return [
-            Rule(each, training, masked, _merged(limits, tuple(backends)))
+            Rule(each, training, masked, _merged(lengths, tuple(backends)))
             for training, backends in winners.items()
             for each in covered
         ]
@@ -369,14 +365,11 @@ class _Trial:
         trained = replace(plain, dropout=facts.dropout, training=True)
         for backend in BACKENDS:
             trained_by = [c.backend for c in found if c.training]
+            if backend == OURS and not masked and (CUDNN in trained_by or (FLASH in trained_by and not facts.dropout)):
+                # Its kernels take half a minute to compile. Flash draws dropout's numbers twice, ours once.
+                self.refused.setdefault(OURS, "without a mask, where cuDNN and flash without dropout are faster")
+                continue
             why = [obstacle(backend, case, kernel) or torch_obstacle(backend, case, self.device) for case in (plain, trained)]
-            short = backend == OURS and not masked and (CUDNN in trained_by or (FLASH in trained_by and not facts.dropout))
-            if short:
-                # The kernels of its backward take half a minute to compile. Flash draws dropout's numbers twice, ours once.
-                why[1] = f"without a mask, but for up to {LENGTHS[_SHORT]} tokens and no backward: cuDNN and flash are faster"
-                if facts.dim > _SHORT_DIM or self.config.autotune == "off":
-                    self.refused.setdefault(OURS, why[1])
-                    continue
             for reason in why:
                 if reason:
                     self.refused.setdefault(backend, reason)
@@ -386,7 +379,7 @@ class _Trial:
             if reason:
                 self.refused[backend] = reason
             else:
-                found.append(_Candidate(backend, not why[0], not why[1], short))
+                found.append(_Candidate(backend, not why[0], not why[1]))
         return found
 
     def proof(self, backend: str, dtype: torch.dtype, masked: bool, training: bool) -> str:
@@ -407,8 +400,6 @@ class _Trial:
         best: dict[bool, tuple[float, str]] = {}
         told: dict[bool, list[str]] = {False: [], True: []}
         for candidate in candidates:
-            if candidate.short and tokens > _SHORT:
-                continue
             timing = probe.time_pair(
                 (ROOM, KIND, candidate.backend, "masked" if masked else "plain", facts),
                 self.before(mask, facts.dropout if candidate.training else 0.0),
@@ -504,10 +495,10 @@ class _Trial:
         return "" if verdict.fused else verdict.reason
 
     def packed_race(self, dtype: torch.dtype, first: str, second: str) -> str:
-        """The faster of two in training, at the length in the middle."""
-        samples = max(1, _TOKENS // _MIDDLE)
-        offsets, tokens = self.pack(samples, _MIDDLE)
-        functions = [self.packed_after(name, offsets, _MIDDLE, self.facts.dropout) for name in (first, second)]
+        """The faster of two in training, at the shorter length."""
+        samples = max(1, _TOKENS // LENGTHS[0])
+        offsets, tokens = self.pack(samples, LENGTHS[0])
+        functions = [self.packed_after(name, offsets, LENGTHS[0], self.facts.dropout) for name in (first, second)]
         timing = probe.time_pair(
             (ROOM, KIND, "packed", first, second, self.facts),
             functions[0],
@@ -541,10 +532,14 @@ class _Trial:
         return ". ".join(parts)
 
 
-def _merged(limits: tuple[int, ...], backends: tuple[str, ...]) -> tuple[tuple[int, str], ...]:
-    """The limits at which the winner changes, and the last one."""
-    following = (*backends[1:], "")
-    return tuple((limit, mine) for limit, mine, other in zip(limits, backends, following, strict=True) if mine != other)
+def _merged(lengths: tuple[int, ...], backends: tuple[str, ...]) -> tuple[tuple[int, str], ...]:
+    """Limits between the lengths, half-way as their logarithms go, where the winner changes."""
+    found: list[tuple[int, str]] = []
+    for number, backend in enumerate(backends):
+        last = number == len(backends) - 1
+        if last or backends[number + 1] != backend:
+            found.append((0 if last else math.isqrt(lengths[number] * lengths[number + 1]), backend))
+    return tuple(found)
 
 
 def _short(dtype: torch.dtype) -> str:
