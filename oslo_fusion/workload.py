@@ -224,7 +224,7 @@ class Measurement:
         median_s, p90_s, mean_s: over ``repeats`` calls after the warm-up.
         first_call_s: the very first call.
         warmup_s: all calls before the timed ones together, the first included.
-        second_shape_s: the first call with another batch and length, right after the timed ones; None if not asked.
+        second_shape_s: the first call with another batch and length, after the timed ones; None if not asked.
         peak_bytes: most memory allocated on the device during the timed calls, weights and the memory of captured CUDA graphs
             included, other models that are there at the time not; None on the CPU.
         repeats: how many calls were timed.
@@ -749,17 +749,18 @@ class _Entry:
         self.watch.time(calls)
 
     def finish(self, flops: int, rate: float, with_profile: bool) -> None:
-        """Fill the row from what was timed; then another shape, and the profile."""
-        run = self.run
+        """The profile, another shape, and the row from what was timed."""
+        run, found = self.run, None
         assert run is not None
+        if with_profile and self.device.type == "cuda" and self.row["provider"] in ("eager", "oslo_fusion"):
+            # Before another shape comes: from then on torch.compile has a graph for any, and calls that for the first one too.
+            found = profile(lambda: run(self.inputs), self.device)
         measured = self.watch.measurement(self.resident, lambda: run(self.second_inputs))
         slower_first_call = max(measured.first_call_s, self.row.pop("gate_first_call_s", 0.0))
         self.row.update(dataclasses.asdict(measured), first_call_s=slower_first_call)
         self.row["percent_of_roof"] = 100 * flops / (measured.median_s * rate)
-        if with_profile and self.device.type == "cuda" and self.row["provider"] in ("eager", "oslo_fusion"):
-            for _ in range(MIN_WARMUP):  # the second shape came in between
-                run(self.inputs)
-            self.row["profile"] = profile(lambda: run(self.inputs), self.device)
+        if found is not None:
+            self.row["profile"] = found
 
 
 def _prepare(name: str, workload: Workload, config: object, gate: Gate | None, warmup: int) -> _Entry:

@@ -366,6 +366,23 @@ def test_waits_between_kernels_are_found():
     assert workload._idle(events) == [(2.5, "b", "c"), (0.5, "c", "d")]
 
 
+def test_what_is_profiled_is_what_was_timed(monkeypatch):
+    """Not the graph for any shape that a compiler makes when another one comes."""
+    asked = []
+
+    def measurement(_, second_shape):
+        second_shape()
+        return workload.Measurement(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, None, 1)
+
+    monkeypatch.setattr(workload, "profile", lambda step, _: step() or {"device_ms": 1.0})
+    entry = workload._Entry({"provider": "oslo_fusion", "error": None}, torch.device("cuda"))
+    entry.inputs, entry.second_inputs, entry.run = "first", "second", asked.append
+    entry.watch = types.SimpleNamespace(measurement=measurement)
+    entry.finish(1.0, 1.0, True)
+    assert asked == ["first", "second"]
+    assert entry.row["profile"] == {"device_ms": 1.0}
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("mode", MODES)

@@ -171,8 +171,8 @@ def _layer_norm_packed_fwd_kernel(
     CHAIN: tl.constexpr,
 ):
     chained(CHAIN)
-    # A row in parts of BLOCK words of two numbers, as many to each warp. Words, not numbers, stay in registers, 32 of a thread
-    # for 16384 numbers by 8 warps, so that four rows are under way on a multiprocessor and not two.
+    # A row in parts of BLOCK words of two numbers, as many to each warp. Words, not numbers, stay in registers: of rows of
+    # 16384 numbers, by 16 warps, three are under way on a multiprocessor, and not two.
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     PARTS: tl.constexpr = DIM // (2 * BLOCK)
     COUNT: tl.constexpr = DIM // WARPS
