@@ -169,6 +169,16 @@ def _compile(
     return results
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m takes its choice
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, whatever runs kernels is a test of the GPU: ``-m gpu`` leaves none of them out."""
+    if INTERPRETED or not torch.cuda.is_available():
+        return
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()) and Path(__file__).parent in item.path.parents:
+            item.add_marker("gpu")
+
+
 @pytest.fixture(scope="session")
 def compile_for_all_targets() -> Callable[..., dict[str, Compiled]]:
     """``compile_for_all_targets(kernel, signature, constexprs, num_warps=4)``: see :func:`_compile`."""

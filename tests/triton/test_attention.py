@@ -296,17 +296,22 @@ def test_the_mask_does_not_depend_on_the_tiles(queries: int, device: torch.devic
 def test_bias_read_in_pairs_is_the_bias(
     queries: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the instruction reads it, two neighbours at once, distances odd and even: interpreted, bit for bit as single loads."""
+    """As the instruction reads it, two neighbours at once, distances odd and even: interpreted, bit for bit as single loads.
+
+    On a GPU the logarithm is another besides: there each is judged for itself, and the next test has one logarithm for both.
+    """
     case = AttentionCase(queries=queries, keys=50, table="encoder", buckets=8, max_distance=20)
     leaves = [t.detach().requires_grad_() for t in case.tensors(drawer(dtype, device))]
     runs = []
     for how in (0, -1):
         monkeypatch.setattr(kernels, "_reads_by_instruction", lambda _, how=how: how)
+        if device.type == "cuda":
+            check(case, dtype, device, 3, f"read {how}")
+            continue
         y = launch(case, device)(*leaves)
         runs.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y) + y.detach())))
-    for first, second in zip(*runs, strict=True):
-        # On a GPU the logarithm is another besides, and the next test has the same one.
-        torch.testing.assert_close(first, second, **({"rtol": 0, "atol": 0} if device.type == "cpu" else {}))
+    for first, second in zip(*runs, strict=False):
+        assert torch.equal(first, second)
 
 
 @pytest.mark.gpu
