@@ -286,10 +286,19 @@ def _count(op: str, rows: Sequence[tuple[Point, str, Data]]) -> str:
     level = sum(round(against_best(row), 2) >= LEVEL for _, _, row in rows)
     point, mode, worst = min(rows, key=lambda item: against_best(item[2]))
     where = f"{point.shape} {SHORT.get(point.dtype, point.dtype)} {mode.replace('+', ' + ')}"
-    return (
+    text = (
         f"`{op}`: level with the best peer (at least {LEVEL}×) or ahead in {level} of {len(rows)} rows, at the least "
         f"{against_best(worst):.2f}× ({where}, {best_peer(worst)})."
     )
+    copied = [
+        row["device_us"].get("liger_copied") for _, _, row in rows if against_best(row) < LEVEL and best_peer(row) == "liger"
+    ]
+    if copied and None not in copied:
+        text += (
+            " There Liger overwrites q and k, and of these touches the rotated part alone, which ours may not. Where it leaves "
+            f"them as they were, by a copy, it takes {' and '.join(map(_us, copied))} µs."
+        )
+    return text
 
 
 # --- the steps of the tutorial ------------------------------------------------------------------------------------------------
