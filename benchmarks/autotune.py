@@ -13,9 +13,10 @@ that the families are published in. A plan for such a model then needs no timing
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ ENCODERS = {"Bert": (768, 1024), "Roberta": (768, 1024), "GPT2": (768, 1024, 128
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-def models(tiny: bool) -> Iterator[tuple[str, Any]]:
-    """Name and model, one layer each, built one after the other."""
+def models(tiny: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Each model's name, and what builds it, with one layer."""
     for family, sizes in DECODERS.items():
         for width, inner, heads, kv_heads in sizes[: 1 if tiny else None]:
             config = getattr(transformers, f"{family}Config")(
@@ -52,7 +53,7 @@ def models(tiny: bool) -> Iterator[tuple[str, Any]]:
                 num_hidden_layers=1,
                 vocab_size=1024,
             )
-            yield f"{family} {width}", transformers.AutoModelForCausalLM.from_config(config)
+            yield f"{family} {width}", functools.partial(transformers.AutoModelForCausalLM.from_config, config)
     for gated in (False, True):
         for width, inner, heads in T5[: 1 if tiny else None]:
             config = transformers.T5Config(
@@ -64,7 +65,7 @@ def models(tiny: bool) -> Iterator[tuple[str, Any]]:
                 feed_forward_proj="gated-gelu" if gated else "relu",
                 decoder_start_token_id=0,
             )
-            yield f"T5 {width}{' gated' if gated else ''}", transformers.T5ForConditionalGeneration(config)
+            yield f"T5 {width}{' gated' if gated else ''}", functools.partial(transformers.T5ForConditionalGeneration, config)
     for family, widths in ENCODERS.items():
         for width in widths[: 1 if tiny else None]:
             size = {
@@ -75,7 +76,7 @@ def models(tiny: bool) -> Iterator[tuple[str, Any]]:
             }
             size |= {"n_embd": width, "n_layer": 1, "n_head": width // 64} if family == "GPT2" else {}
             config = getattr(transformers, f"{family}Config")(**size)
-            yield f"{family} {width}", transformers.AutoModel.from_config(config)
+            yield f"{family} {width}", functools.partial(transformers.AutoModel.from_config, config)
 
 
 def main() -> int:
@@ -87,14 +88,18 @@ def main() -> int:
     parser.add_argument("--without", nargs="+", default=(), choices=KERNELS, help="kernels whose sites are not timed")
     parser.add_argument("--models", nargs="+", help="only models whose name begins so, such as 'Llama 2048' or T5")
     options = parser.parse_args()
+    # The loss is timed for each vocabulary, and these models have none of their own.
     kernels = [name for name in KERNELS if name not in (*options.without, "FusedLinearCrossEntropy")]
+    wanted = [(name, build) for name, build in models(options.dry) if name.startswith(tuple(options.models or ("",)))]
+    if not wanted:
+        names = ", ".join(name for name, _ in models(options.dry))
+        parser.error(f"--models: received {' '.join(options.models)}, with which no name begins. Allowed: {names}")
     if not options.dry and not torch.cuda.is_available():
         parser.error("there is no GPU here. Remedy: --dry")
     os.environ[timings.CACHE_VARIABLE] = str(options.out)
     begin, left_out = time.perf_counter(), []
-    for name, model in models(options.dry):
-        if options.models and not name.startswith(tuple(options.models)):
-            continue
+    for name, build in wanted:
+        model = build()
         for dtype in DTYPES:
             if time.perf_counter() - begin > options.seconds:
                 left_out.append(f"{name} {dtype}")

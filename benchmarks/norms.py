@@ -285,7 +285,7 @@ def _others(job: Sweep, chosen: Any, processors: int, shared: int) -> dict[str, 
         for f, g in itertools.product((0.5, 1, 2), repeat=2)
         if not chosen.programs or 1 in (f, g)
     ]
-    if chosen.ragged or (job.kind == "backward" and job.width > 8192):
+    if chosen.ragged or chosen.packed or (job.kind == "backward" and job.width > 8192):
         near = [tile for tile in near if tile.rows == 1]  # these kernels take a row at a time
     if chosen.programs:
         share = -(-chosen.programs // processors)

@@ -290,10 +290,9 @@ def _count(op: str, rows: Sequence[tuple[Point, str, Data]]) -> str:
         f"`{op}`: level with the best peer (at least {LEVEL}×) or ahead in {level} of {len(rows)} rows, at the least "
         f"{against_best(worst):.2f}× ({where}, {best_peer(worst)})."
     )
-    copied = [
-        row["device_us"].get("liger_copied") for _, _, row in rows if against_best(row) < LEVEL and best_peer(row) == "liger"
-    ]
-    if copied and None not in copied:
+    behind = [row for _, _, row in rows if round(against_best(row), 2) < LEVEL and best_peer(row) == "liger"]
+    copied = [row["device_us"]["liger_copied"] for row in behind if row.get("rot_dim", 0) < row.get("dim", 0)]
+    if copied:
         text += (
             " There Liger overwrites q and k, and of these touches the rotated part alone, which ours may not. Where it leaves "
             f"them as they were, by a copy, it takes {' and '.join(map(_us, copied))} µs."

@@ -118,7 +118,7 @@ def forward_blocks(
         table: whether T5's bias is looked up.
         major: compute capability of NVIDIA's device.
         dropout: whether there is any.
-        tokens: the longer of the longest query sequence and the longest key sequence.
+        tokens: of the longest sequence, of queries or of keys; by default too many for the tiles of short texts.
     """
     width = padded_dim(dim)
     if itemsize == 4:  # multiplied without tensor cores: small tiles, or registers spill

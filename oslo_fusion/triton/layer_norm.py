@@ -3,7 +3,7 @@
 Forward: a program per tile of rows; x, and the residual, are read once, the row stays in registers, s, y, mean and 1/std are
 written. The variance is that of centred numbers, not mean(s²) - mean(s)², which cancels where the mean is large: of the row
 about its mean, or, in a kernel of its own for wide rows of 16-bit numbers, of each warp's numbers about theirs. There the row
-stays packed, two numbers in a register, and is unpacked for each of three passes, so that twice as many rows are under way.
+stays packed, two numbers in a register, and is unpacked for each of three passes, so that more rows are under way.
 
 Backward: few programs, each of which walks over its tiles. With x̂ = (s - mean) · rstd, g = dy · (weight + offset):
 

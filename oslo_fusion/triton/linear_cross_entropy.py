@@ -153,10 +153,16 @@ def _block(
     return _logits(x, bias_ptr, cols, mask, SCALE, CAP, HAS_BIAS), cols
 
 
+# Where a maximum begins. Not at -inf: where all words of a group are forbidden, -inf - -inf would make NaN. And a power of two,
+# whose product in _powers is not rounded: what rounding leaves of -10³⁸, 10³¹, would be a power of infinity.
+_LOWEST = tl.constexpr(-(2.0**126))
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
 @triton.jit
 def _powers(z, top):
     """``exp(z - top)``, one multiply-add each. ``top``'s product is rounded alike in all and in their sum: no share has it."""
-    return tl.exp2(z * 1.4426950408889634 - top * 1.4426950408889634)
+    return tl.exp2(z * _LOG2E - top * _LOG2E)
 
 
 @triton.jit
@@ -232,9 +238,7 @@ def _loss_kernel(
         at_label = tl.load(row_ptr + word, mask=inside, other=0.0)
         at_label = _logits(at_label, bias_ptr, word, inside, SCALE, CAP, HAS_BIAS)
         # Maximum and sum of every GROUP columns apart: nothing crosses threads before the row is read.
-        # Not -inf: where all words of a group are forbidden, -inf - -inf would make NaN. And a power of two: its product in
-        # _powers is not rounded, or what rounding left, 10³¹ of -10³⁸, would be a power of infinity.
-        tops = tl.full((BLOCK // GROUP,), -(2.0**126), dtype=tl.float32)
+        tops = tl.full((BLOCK // GROUP,), _LOWEST, dtype=tl.float32)
         totals = tl.zeros((BLOCK // GROUP,), dtype=tl.float32)
         means = tl.zeros((BLOCK // GROUP,), dtype=tl.float32)
         for start in range(0, END, BLOCK):

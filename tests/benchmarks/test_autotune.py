@@ -32,3 +32,13 @@ def test_one_family_without_attention(
     assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {"Bert"}
     assert all("FusedAttention" not in config["kernel_fusion"]["custom_cuda_kernels"] for config in asked)
     assert all("FusedLayerNorm" in config["kernel_fusion"]["custom_cuda_kernels"] for config in asked)
+
+
+def test_a_family_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["autotune", "--out", str(tmp_path), "--dry", "--models", "BERT"])
+    with pytest.raises(SystemExit):
+        autotune.main()
+    assert "--models: received BERT" in (said := capsys.readouterr().err)
+    assert "Bert 768" in said

@@ -239,9 +239,13 @@ def test_kernels(place):
 def test_a_peer_that_overwrites_its_inputs_is_told(place):
     rotations = copy.deepcopy(NORMS)
     rotations["results"] = [norm_row("forward", 4096, 768, "bfloat16", 20.0, compile=30.0, liger=9.0, liger_copied=25.04)]
+    (row,) = rotations["results"]
+    row |= {"dim": 128, "rot_dim": 32}
     assert "Liger overwrites q and k" in (text := made(place, rope=rotations))
     assert "by a copy, it takes 25.0 µs." in text
-    rotations["results"][0]["device_us"]["liger"] = 21.0
+    row["rot_dim"] = 128
+    assert "overwrites" not in made(place, rope=rotations)
+    row["rot_dim"], row["device_us"]["liger"] = 32, 21.0
     assert "overwrites" not in made(place, rope=rotations)
 
 

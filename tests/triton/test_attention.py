@@ -144,6 +144,16 @@ def test_the_law_holds_for_short_texts(
     check(case, dtype, device, 3, f"{what}, {tokens} tokens")
 
 
+@pytest.mark.parametrize(("case", "longest"), [(AttentionCase(queries=3, keys=17), 17), (AttentionCase(packed=(5, 19)), 19)])
+def test_the_longest_sequence_chooses_the_tile(
+    case: AttentionCase, longest: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(kernels, "forward_blocks", lambda *given: asked.append(given) or AttentionBlocks(16, 16, 4, 1))
+    launch(case, device)(*case.tensors(drawer(torch.float16, device)))
+    assert [given[-1] for given in asked] == [longest]
+
+
 def test_short_texts_have_tiles_of_their_own() -> None:
     tiles = [forward_blocks(64, 2, SHARED["sm_90"], major=9, tokens=tokens) for tokens in (1, 16, 17, 32, 33, 256, 257)]
     assert [tile.queries for tile in tiles] == [16, 16, 32, 32, 64, 64, 128]

@@ -185,6 +185,13 @@ def test_labels_are_counted_after_what_makes_them_and_beside_what_follows() -> N
         assert number == int(expected)
 
 
+def test_the_lowest_maximum_loses_nothing_to_rounding() -> None:
+    """One instruction multiplies and adds: what the other product lost to rounding stays, and is a power of two here."""
+    lowest, log2e = (torch.tensor(value.value, dtype=torch.float32) for value in (kernels._LOWEST, kernels._LOG2E))
+    assert (lowest * log2e).double() == lowest.double() * log2e.double()
+    assert lowest < torch.finfo(torch.float16).min
+
+
 def test_strided_inputs_and_forbidden_words(device: torch.device) -> None:
     hidden, weight, labels, bias = inputs(torch.float32, device, 0, 77, True)
     bias[:40] = -float("inf")
