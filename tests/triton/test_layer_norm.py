@@ -258,7 +258,7 @@ def test_packed_rows_compile_for_every_target(dim: int, dtype: str, compile_for_
         built = compile_for_all_targets(kernel, signature(kernel, dtype), values, **arguments)[target]
         assert built.shared <= 3 * 4 * blocks.warps, "numbers are exchanged before they are summed"
         if target == "sm_90":
-            assert built.resident(blocks.warps) * blocks.warps >= 32, "numbers stay in registers, not words"
+            assert built.resident(blocks.warps) * blocks.warps >= 40, "numbers stay in registers, not words, and 32 warps fit"
             assert re.search(r"ld\.global\S*\.v4", built.assembly), "the row is not read 16 bytes at a time"
 
 
